@@ -1,0 +1,190 @@
+/// \file qlora.h
+/// The C interface of libqlora: 4-bit (NF4, FP4) weights with optional double quantisation, on CPU and CUDA.
+///
+/// The format is bitsandbytes' own, to the bit (docs/format.md): a weight of shape [rows, cols] is flattened row by row
+/// and cut into blocks of `block_size` values; a block stores one fp32 scale, its largest magnitude ("absmax"), and a
+/// 4-bit code for each value. Byte i holds the value 2i in its high nibble and 2i+1 in its low nibble. Blocks run over
+/// the flattened weight, so they straddle rows where cols is no multiple of block_size; the last block may be partial.
+/// Double quantisation stores absmax itself in 8 bits: absmax[b] = code[q[b]] * scale[b / 256] + offset.
+///
+/// Conventions
+/// - Every function returns a status. After a failure qlora_last_error() says what was expected and what came.
+/// - Nothing throws, exits or prints. Device memory is never allocated for the caller: a workspace is asked for with the
+///   function's _workspace_size twin and passed in. (The dense GEMM path keeps one cuBLAS handle per thread and device.)
+/// - Sizes are 64-bit. A pointer may be null only where its parameter says so.
+/// - `_cpu` functions take a half-open range of units and touch only these; the caller runs disjoint ranges in parallel.
+/// - `_cuda` functions take raw device pointers, a device index and a cudaStream_t; they are asynchronous. They make
+///   `device` current for the calling thread and restore the former one. Without CUDA in the build they return
+///   QLORA_UNSUPPORTED.
+/// - Outputs must not alias inputs.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define QLORA_API __declspec(dllexport)
+#else
+#define QLORA_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum qlora_status {
+  QLORA_OK = 0,
+  QLORA_INVALID_ARGUMENT = 1,  ///< The call breaks this header's contract.
+  QLORA_UNSUPPORTED = 2,       ///< No kernel of this build serves the problem on this device.
+  QLORA_CUDA_ERROR = 3,        ///< A CUDA or cuBLAS call failed.
+  QLORA_INTERNAL_ERROR = 4,    ///< A fault of this library.
+} qlora_status;
+
+/// Type of activations, outputs and unquantised weights.
+typedef enum qlora_dtype {
+  QLORA_FLOAT32 = 0,
+  QLORA_FLOAT16 = 1,
+  QLORA_BFLOAT16 = 2,
+} qlora_dtype;
+
+/// The 16-value code book (cpp/core/format.h).
+typedef enum qlora_format {
+  QLORA_NF4 = 0,
+  QLORA_FP4 = 1,
+} qlora_format;
+
+/// A cudaStream_t; null is the legacy default stream.
+typedef void* qlora_stream;
+
+/// A 4-bit weight. All pointers live on the device of the call; none is owned.
+typedef struct qlora_weight_4bit {
+  const uint8_t* packed;        ///< [(rows * cols + 1) / 2] codes, two a byte.
+  const float* absmax;          ///< [num_blocks] fp32 scales, or null where the scales are double-quantised.
+  const uint8_t* absmax_codes;  ///< [num_blocks] 8-bit scales, or null where they are plain fp32.
+  const float* nested_absmax;   ///< [ceil(num_blocks / 256)] with absmax_codes, else null.
+  const float* nested_code;     ///< [256] code book of the scales with absmax_codes, else null.
+  const float* nested_offset;   ///< [1] mean that was taken off the scales with absmax_codes, else null.
+  int64_t rows;                 ///< Output features n of a linear layer; rows of an embedding. At least 0.
+  int64_t cols;                 ///< Input features k of a linear layer; width of an embedding. At least 0.
+  int64_t block_size;           ///< 32, 64, 128, 256, 512, 1024, 2048 or 4096.
+  qlora_format format;
+} qlora_weight_4bit;
+
+/// The 256-entry code book of double-quantised scales, ascending ("dynamic" signed 8-bit map). Static storage on the host.
+QLORA_API const float* qlora_nested_code(void);
+
+/// The last failure's text on the calling thread; "" if there was none. Valid until the thread's next failure.
+QLORA_API const char* qlora_last_error(void);
+
+/// Version as "major.minor.patch".
+QLORA_API const char* qlora_version(void);
+
+/// The architectures compiled in, for example "sm_80 sm_90a"; "" for a build without CUDA.
+QLORA_API const char* qlora_cuda_architectures(void);
+
+/// The vector instructions that the CPU kernels use on this machine: "avx512", "avx2" or "plain". The environment
+/// variable QLORA_CPU_KERNELS=avx512|avx2|plain lowers the choice; a level that the machine lacks is not taken.
+QLORA_API const char* qlora_cpu_kernels(void);
+
+/// Writes which linear kernel would serve the problem, and why each kernel before it in the table would not, as text.
+/// \param[in]  weight    Only rows, cols, block_size, format and whether pointers are null are read.
+/// \param[in]  m         Rows of the activations.
+/// \param[in]  is_grad   0 for y = x W^T + b, 1 for dx = dy W.
+/// \param[out] text      Buffer of `size` bytes; the text is cut to it and null-terminated.
+QLORA_API qlora_status qlora_explain_linear_4bit(const qlora_weight_4bit* weight, int64_t m, qlora_dtype dtype,
+                                                 int is_grad, int32_t device, char* text, int64_t size);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Quantise: packed[i] = nearest code of x[i] / absmax[block], absmax[b] = max |x| over block b.
+// A zero block stores absmax 0 and the code of +0. A block with a NaN stores absmax NaN, so that all of it dequantises to
+// NaN: damage shows. A block with an Inf stores absmax Inf: the Inf survives, the rest dequantises to NaN. The same on CPU
+// and CUDA (docs/format.md compares with bitsandbytes).
+
+/// \param[in]  x           [n] values of `dtype`, contiguous.
+/// \param[in]  n           Number of values; 0 is a no-op.
+/// \param[in]  block_begin First block of this call; with block_end, units are blocks of the flattened tensor.
+/// \param[out] packed      [(n + 1) / 2]; only the bytes of the given blocks are written.
+/// \param[out] absmax      [ceil(n / block_size)] fp32.
+QLORA_API qlora_status qlora_quantize_4bit_cpu(const void* x, qlora_dtype dtype, int64_t n, int64_t block_size,
+                                               qlora_format format, uint8_t* packed, float* absmax, int64_t block_begin,
+                                               int64_t block_end);
+QLORA_API qlora_status qlora_quantize_4bit_cuda(const void* x, qlora_dtype dtype, int64_t n, int64_t block_size,
+                                                qlora_format format, uint8_t* packed, float* absmax, int32_t device,
+                                                qlora_stream stream);
+
+/// Dequantise: y[i] = round(code_book[packed[i]] * absmax[block]), one rounding from fp32 to `dtype`.
+/// Double-quantised scales are decoded in the same pass.
+/// \param[out] y  [rows, cols] of `dtype`, contiguous.
+/// Units of the CPU form: blocks of the flattened weight.
+QLORA_API qlora_status qlora_dequantize_4bit_cpu(const qlora_weight_4bit* weight, void* y, qlora_dtype dtype,
+                                                 int64_t block_begin, int64_t block_end);
+QLORA_API qlora_status qlora_dequantize_4bit_cuda(const qlora_weight_4bit* weight, void* y, qlora_dtype dtype,
+                                                  int32_t device, qlora_stream stream);
+
+/// Double quantisation of scales: codes[b] = nearest entry of nested_code to (absmax[b] - offset) / nested_absmax[b/256].
+/// \param[in]  absmax         [n] fp32.
+/// \param[in]  nested_offset  [1] fp32, usually the mean of absmax.
+/// \param[in]  nested_code    [256] ascending fp32 code book.
+/// \param[out] codes          [n].
+/// \param[out] nested_absmax  [ceil(n / 256)].
+/// Units of the CPU form: groups of 256 scales.
+QLORA_API qlora_status qlora_quantize_absmax_cpu(const float* absmax, int64_t n, const float* nested_offset,
+                                                 const float* nested_code, uint8_t* codes, float* nested_absmax,
+                                                 int64_t group_begin, int64_t group_end);
+QLORA_API qlora_status qlora_quantize_absmax_cuda(const float* absmax, int64_t n, const float* nested_offset,
+                                                  const float* nested_code, uint8_t* codes, float* nested_absmax,
+                                                  int32_t device, qlora_stream stream);
+
+/// absmax[b] = nested_code[codes[b]] * nested_absmax[b / 256] + nested_offset (product and sum rounded separately).
+/// Units of the CPU form: scales.
+QLORA_API qlora_status qlora_dequantize_absmax_cpu(const uint8_t* codes, int64_t n, const float* nested_absmax,
+                                                   const float* nested_code, const float* nested_offset, float* absmax,
+                                                   int64_t begin, int64_t end);
+QLORA_API qlora_status qlora_dequantize_absmax_cuda(const uint8_t* codes, int64_t n, const float* nested_absmax,
+                                                    const float* nested_code, const float* nested_offset, float* absmax,
+                                                    int32_t device, qlora_stream stream);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Linear: y = x W^T + bias, and its input gradient dx = dy W. W is the dequantised weight rounded to `dtype` on CUDA and
+// kept in fp32 on CPU; sums are fp32, rounded once to `dtype`.
+
+/// \param[in]  x     [m, cols] of `dtype`, contiguous.
+/// \param[in]  bias  [rows] of `dtype`, or null.
+/// \param[out] y     [m, rows] of `dtype`, contiguous.
+/// Units of the CPU form: rows of the weight (columns of y).
+QLORA_API qlora_status qlora_linear_4bit_cpu(const void* x, int64_t m, qlora_dtype dtype,
+                                             const qlora_weight_4bit* weight, const void* bias, void* y,
+                                             int64_t row_begin, int64_t row_end);
+/// \param[in] workspace       `workspace_size` bytes of device memory, 256-byte aligned; null if the size is 0.
+/// \param[in] workspace_size  At least what qlora_linear_4bit_workspace_size returned for the same problem.
+QLORA_API qlora_status qlora_linear_4bit_cuda(const void* x, int64_t m, qlora_dtype dtype,
+                                              const qlora_weight_4bit* weight, const void* bias, void* y,
+                                              void* workspace, int64_t workspace_size, int32_t device,
+                                              qlora_stream stream);
+QLORA_API qlora_status qlora_linear_4bit_workspace_size(const qlora_weight_4bit* weight, int64_t m, qlora_dtype dtype,
+                                                        int is_grad, int32_t device, int64_t* size);
+
+/// \param[in]  dy  [m, rows] of `dtype`, contiguous.
+/// \param[out] dx  [m, cols] of `dtype`, contiguous.
+/// Units of the CPU form: columns of the weight (columns of dx).
+QLORA_API qlora_status qlora_linear_4bit_grad_input_cpu(const void* dy, int64_t m, qlora_dtype dtype,
+                                                        const qlora_weight_4bit* weight, void* dx, int64_t col_begin,
+                                                        int64_t col_end);
+QLORA_API qlora_status qlora_linear_4bit_grad_input_cuda(const void* dy, int64_t m, qlora_dtype dtype,
+                                                         const qlora_weight_4bit* weight, void* dx, void* workspace,
+                                                         int64_t workspace_size, int32_t device, qlora_stream stream);
+
+/// Embedding: y[i, :] = dequantised row indices[i] of the weight.
+/// \param[in]  indices  [num_indices], each in [0, rows). CPU: an index outside is QLORA_INVALID_ARGUMENT. CUDA: its row
+///                      of y is filled with NaN, since the check would need a synchronisation.
+/// \param[out] y        [num_indices, cols] of `dtype`.
+/// Units of the CPU form: indices.
+QLORA_API qlora_status qlora_embedding_4bit_cpu(const int64_t* indices, int64_t num_indices,
+                                                const qlora_weight_4bit* weight, void* y, qlora_dtype dtype,
+                                                int64_t begin, int64_t end);
+QLORA_API qlora_status qlora_embedding_4bit_cuda(const int64_t* indices, int64_t num_indices,
+                                                 const qlora_weight_4bit* weight, void* y, qlora_dtype dtype,
+                                                 int32_t device, qlora_stream stream);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif

@@ -1,0 +1,45 @@
+// The operators of torch.ops.qlora: this file is their table of contents. CPU implementations: cpu.cpp; CUDA: cuda.cpp;
+// fake kernels, autograd and the public wrappers: python/qlora/ops.py.
+//
+// A 4-bit weight travels as `packed, absmax, nested_absmax?, nested_quant_map?, nested_offset?, shape, block_size,
+// quant_type` everywhere, the names of the checkpoint keys:
+//   packed            bytes of any dtype, at least (n * k + 1) / 2 of them
+//   absmax            float32 [num_blocks], or uint8 [num_blocks] with double quantisation
+//   nested_absmax     float32 [ceil(num_blocks / 256)]    with double quantisation only
+//   nested_quant_map  float32 [256]                       with double quantisation only
+//   nested_offset     float32 [] or [1]                   with double quantisation only
+//   shape             [rows, cols] of the weight; any rank for dequantize_4bit
+//   quant_type        "nf4" or "fp4"
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(qlora, m) {
+  // [any shape] -> uint8 [(n + 1) / 2, 1], float32 [num_blocks]
+  m.def("quantize_4bit(Tensor input, int block_size, str quant_type) -> (Tensor, Tensor)");
+
+  // -> [*shape] of dtype
+  m.def(
+      "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+      "Tensor? nested_offset, int[] shape, int block_size, str quant_type, ScalarType dtype) -> Tensor");
+
+  // float32 [n], float32 [], float32 [256] -> uint8 [n], float32 [ceil(n / 256)]
+  m.def("quantize_absmax(Tensor absmax, Tensor nested_offset, Tensor nested_quant_map) -> (Tensor, Tensor)");
+
+  // uint8 [n] -> float32 [n]
+  m.def(
+      "dequantize_absmax(Tensor absmax, Tensor nested_absmax, Tensor nested_quant_map, Tensor nested_offset) -> Tensor");
+
+  // y = x W^T + b: [..., k] -> [..., n]
+  m.def(
+      "linear_4bit(Tensor input, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+      "Tensor? nested_offset, Tensor? bias, int[] shape, int block_size, str quant_type) -> Tensor");
+
+  // dx = dy W: [..., n] -> [..., k]
+  m.def(
+      "linear_4bit_grad_input(Tensor grad_output, Tensor packed, Tensor absmax, Tensor? nested_absmax, "
+      "Tensor? nested_quant_map, Tensor? nested_offset, int[] shape, int block_size, str quant_type) -> Tensor");
+
+  // int64 [...] -> [..., cols] of dtype
+  m.def(
+      "embedding_4bit(Tensor indices, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+      "Tensor? nested_offset, int[] shape, int block_size, str quant_type, ScalarType dtype) -> Tensor");
+}
