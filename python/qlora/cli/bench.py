@@ -1,0 +1,145 @@
+"""`qlora bench`: kernels and a training step beside cuBLAS and bitsandbytes, as a table and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+NAME = "bench"
+HELP = "measure kernels or a training step beside cuBLAS and bitsandbytes (GPU only)"
+KERNELS = ("quantize", "dequantize", "linear")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=(*KERNELS, "train"), help="what to measure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument(
+        "--tokens", default=None, metavar="M,M,...", help="linear: rows of the activations (default: a sweep)"
+    )
+    parser.add_argument("--model", type=Path, help="train: checkpoint (default: random weights of Llama-3-8B's shape)")
+    parser.add_argument(
+        "--stacks", default="qlora,bitsandbytes,bf16", help="train: comma-separated stacks (default: %(default)s)"
+    )
+    parser.add_argument("--cases", default="1x2048,4x2048", help="train: batch x length, ... (default: %(default)s)")
+    parser.add_argument("--targets", choices=("all", "qv"), default="all", help="train: adapted layers")
+    parser.add_argument("--rank", type=int, default=16, help="train: LoRA rank (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("qlora bench: expected a CUDA GPU, found none", file=sys.stderr)
+        return 1
+    result: dict[str, Any] = environment()
+    result["figures"] = _bench_train(arguments) if arguments.what == "train" else _bench_kernels(arguments, result)
+    print(f"{result['gpu']}, {result['versions']}, {result['date']}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def environment() -> dict[str, Any]:
+    """GPU, versions and date: what a figure is worth nothing without."""
+    import importlib.metadata
+
+    import torch
+
+    import qlora
+
+    versions = {"qlora": qlora.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    for package in ("bitsandbytes", "transformers", "peft"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["qlora", *sys.argv[1:]]),
+    }
+
+
+def _bench_kernels(arguments: argparse.Namespace, result: dict[str, Any]) -> list[dict[str, Any]]:
+    import torch
+
+    from qlora.bench import kernels
+    from qlora.bench.timing import copy_bandwidth, time_graph
+
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    limits = kernels.Limits(copy_bandwidth(), 2 * 8192**3 / (time_graph([lambda: a @ a]) * 1e-6))
+    result["limits"] = {"bytes_per_s": limits.bandwidth, "bf16_flops": limits.flops}
+    if arguments.what == "quantize":
+        figures = kernels.bench_quantize(limits)
+    elif arguments.what == "dequantize":
+        figures = kernels.bench_dequantize(limits)
+    else:
+        tokens = kernels.LINEAR_ROWS
+        if arguments.tokens is not None:
+            tokens = tuple(int(part) for part in arguments.tokens.split(","))
+        figures = kernels.bench_linear(limits, tokens)
+    print(f"copy {limits.bandwidth / 1e12:.2f} TB/s, 8192^3 bf16 product {limits.flops / 1e12:.0f} TFLOP/s; times in µs")
+    _print_table(figures)
+    return figures
+
+
+def _bench_train(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from qlora.bench.train_step import make_llama3_8b
+
+    figures = []
+    with tempfile.TemporaryDirectory() as scratch:
+        model = arguments.model
+        if model is None:
+            model = Path(scratch)
+            make_llama3_8b(model)
+            _release_gpu()
+        for stack in arguments.stacks.split(","):
+            command = [sys.executable, "-m", "qlora.bench.train_step", stack, str(model), "--cases", arguments.cases]
+            command += ["--targets", arguments.targets, "--rank", str(arguments.rank)]
+            process = subprocess.run(command, capture_output=True, text=True)
+            if process.returncode != 0:
+                print(f"qlora bench train: {stack} failed:\n{process.stderr[-2000:]}", file=sys.stderr)
+                continue
+            run_result = json.loads(process.stdout.splitlines()[-1])
+            for case in run_result.pop("cases"):
+                figures.append({**run_result, **case})
+    _print_table(figures)
+    return figures
+
+
+def _release_gpu() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _print_table(figures: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not figures:
+        return
+    columns = list(dict.fromkeys(key for figure in figures for key in figure))
+    table = Table(*(column.removesuffix("_us") for column in columns))
+    for figure in figures:
+        table.add_row(*(_format(figure.get(column)) for column in columns))
+    Console(width=160).print(table)
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return "-" if value is None else str(value)
