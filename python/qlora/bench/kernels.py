@@ -1,9 +1,10 @@
-"""`qlora bench quantize|dequantize|linear`: our operators, the hardware's limit, cuBLAS and bitsandbytes in one run."""
+"""`qlora bench quantize|dequantize|linear`: our operators beside the hardware's limit, cuBLAS and bitsandbytes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,13 +39,13 @@ class Weight:
     def random(cls, shape: tuple[int, int]) -> Weight:
         packed, absmax = ops.quantize_4bit(torch.randn(shape, device="cuda", dtype=torch.bfloat16))
         codes, nested_absmax, nested_quant_map, nested_offset = ops.quantize_absmax(absmax)
-        options = dict(
-            block_size=64,
-            quant_type="nf4",
-            nested_absmax=nested_absmax,
-            nested_quant_map=nested_quant_map,
-            nested_offset=nested_offset,
-        )
+        options = {
+            "block_size": 64,
+            "quant_type": "nf4",
+            "nested_absmax": nested_absmax,
+            "nested_quant_map": nested_quant_map,
+            "nested_offset": nested_offset,
+        }
         return cls(packed, codes, shape, options)
 
 
@@ -66,10 +67,10 @@ def bench_quantize(limits: Limits) -> list[dict[str, Any]]:
         num_bytes = n * (2 + 0.5 + 4 / 64)
         inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(num_rotations(num_bytes))]
         row = {"shape": shape, "limit_us": num_bytes / limits.bandwidth * 1e6}
-        row["qlora_us"] = time_graph([lambda x=x: ops.quantize_4bit(x) for x in inputs])
+        row["qlora_us"] = time_graph([partial(ops.quantize_4bit, x) for x in inputs])
         if bnb is not None:  # launches on the legacy default stream: not capturable
-            quantize = bnb.functional.quantize_4bit
-            row["bitsandbytes_us"] = time_events([lambda x=x: quantize(x, quant_type="nf4") for x in inputs])
+            quantize = partial(bnb.functional.quantize_4bit, quant_type="nf4")
+            row["bitsandbytes_us"] = time_events([partial(quantize, x) for x in inputs])
         rows.append(row)
     return rows
 
@@ -86,9 +87,9 @@ def bench_dequantize(limits: Limits) -> list[dict[str, Any]]:
         row["qlora_us"] = time_graph([_dequantize(weight) for weight in weights])
         if bnb is not None:
             states = [bitsandbytes_state(bnb, weight) for weight in weights]
-            row["bitsandbytes_us"] = time_graph(
-                [lambda w=w, s=s: bnb.functional.dequantize_4bit(w.packed, s) for w, s in zip(weights, states, strict=True)]
-            )
+            dequantize = bnb.functional.dequantize_4bit
+            pairs = zip(weights, states, strict=True)
+            row["bitsandbytes_us"] = time_graph([partial(dequantize, weight.packed, state) for weight, state in pairs])
         rows.append(row)
     return rows
 
@@ -111,16 +112,14 @@ def bench_linear(limits: Limits, num_tokens: tuple[int, ...] = LINEAR_ROWS) -> l
             row["qlora_us"] = time_graph([_linear(x, weight) for weight in weights])
             row["qlora_grad_us"] = time_graph([_grad_input(dy, weight) for weight in weights])
             row["qlora_eager_us"] = time_eager(_linear(x, weights[0]))
-            row["cublas_us"] = time_graph([lambda w=w: torch.nn.functional.linear(x, w) for w in dense])
-            row["cublas_grad_us"] = time_graph([lambda w=w: dy @ w for w in dense])
+            row["cublas_us"] = time_graph([partial(torch.nn.functional.linear, x, w) for w in dense])
+            row["cublas_grad_us"] = time_graph([partial(torch.matmul, dy, w) for w in dense])
             if bnb is not None:
                 pairs = list(zip(weights, states, strict=True))
                 with torch.no_grad():
                     row["bitsandbytes_us"] = time_graph([_bitsandbytes_linear(bnb, x, w, s) for w, s in pairs])
                     row["bitsandbytes_eager_us"] = time_eager(_bitsandbytes_linear(bnb, x, *pairs[0]))
-                row["bitsandbytes_grad_us"] = time_graph(
-                    [lambda w=w, s=s: dy @ bnb.functional.dequantize_4bit(w.packed, s) for w, s in pairs]
-                )
+                row["bitsandbytes_grad_us"] = time_graph([_bitsandbytes_grad_input(bnb, dy, w, s) for w, s in pairs])
             rows.append(row)
     return rows
 
@@ -158,6 +157,10 @@ def _linear(x: torch.Tensor, weight: Weight) -> Callable[[], torch.Tensor]:
 
 def _grad_input(dy: torch.Tensor, weight: Weight) -> Callable[[], torch.Tensor]:
     return lambda: ops.linear_4bit_grad_input(dy, weight.packed, weight.absmax, weight.shape, **weight.options)
+
+
+def _bitsandbytes_grad_input(bnb: Any, dy: torch.Tensor, weight: Weight, state: Any) -> Callable[[], torch.Tensor]:
+    return lambda: dy @ bnb.functional.dequantize_4bit(weight.packed, state)
 
 
 def _bitsandbytes_linear(bnb: Any, x: torch.Tensor, weight: Weight, state: Any) -> Callable[[], torch.Tensor]:

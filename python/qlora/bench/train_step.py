@@ -49,10 +49,10 @@ def load_and_adapt(stack: str, directory: Path, rank: int, targets: list[str], r
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    import qlora
-
     quantization_config: Any = None
     if stack == "qlora":
+        import qlora
+
         quantization_config = qlora.QuantConfig()
     elif stack == "bitsandbytes":
         quantization_config = BitsAndBytesConfig(
@@ -74,6 +74,8 @@ def load_and_adapt(stack: str, directory: Path, rank: int, targets: list[str], r
     result["load_s"] = round(time.perf_counter() - start, 2)
     result["load_peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     result["model_gb"] = round(torch.cuda.memory_allocated() / 1e9, 2)
+    layer = type(model.get_submodule("model.layers.0.self_attn.q_proj"))
+    result["layer"] = f"{layer.__module__}.{layer.__qualname__}"
     if stack == "qlora":
         return qlora.add_lora(qlora.prepare(model), r=rank, alpha=16, targets=targets)
     checkpointing = {"use_reentrant": False}
