@@ -85,6 +85,25 @@ QLORA_API const char* qlora_cuda_architectures(void);
 /// variable QLORA_CPU_KERNELS=avx512|avx2|plain lowers the choice; a level that the machine lacks is not taken.
 QLORA_API const char* qlora_cpu_kernels(void);
 
+/// A CUDA device.
+typedef struct qlora_device_properties {
+  char name[256];            ///< As the driver calls it.
+  int32_t major;             ///< Compute capability.
+  int32_t minor;
+  int32_t num_multiprocessors;
+  int32_t has_kernels;       ///< 1 if this build has code for the device, else 0.
+  int64_t l2_bytes;
+  int64_t total_bytes;       ///< Device memory.
+} qlora_device_properties;
+
+/// \param[out] count  CUDA devices that this process sees; 0 for a build without CUDA and where there is no driver. A
+///                    driver that is too old for the build's CUDA runtime is QLORA_CUDA_ERROR.
+QLORA_API qlora_status qlora_device_count(int32_t* count);
+
+/// \param[in]  device      In [0, count).
+/// \param[out] properties  Not null.
+QLORA_API qlora_status qlora_device_info(int32_t device, qlora_device_properties* properties);
+
 /// Writes which linear kernel would serve the problem, and why each kernel before it in the table would not, as text.
 /// \param[in]  weight    Only rows, cols, block_size, format and whether pointers are null are read.
 /// \param[in]  m         Rows of the activations.

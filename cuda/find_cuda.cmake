@@ -1,0 +1,65 @@
+# Decides whether CUDA is built and for which architectures. Sets QLORA_HAS_CUDA, CMAKE_CUDA_ARCHITECTURES and
+# QLORA_CUDA_ARCHS_TEXT ("sm_80 sm_90a compute_80": machine code, then PTX that newer GPUs compile for themselves).
+set(QLORA_HAS_CUDA OFF)
+set(QLORA_CUDA_ARCHS_TEXT "")
+if(NOT QLORA_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "qlora: QLORA_CUDA: expected ON, OFF or AUTO, got '${QLORA_CUDA}'")
+endif()
+if(QLORA_CUDA STREQUAL "OFF")
+  message(STATUS "qlora: CPU-only package (QLORA_CUDA=OFF)")
+  return()
+endif()
+
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # Set below; enable_language must not choose.
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(QLORA_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "qlora: QLORA_CUDA=ON, but nvcc was not found. Install the CUDA toolkit (12.4 or newer) and put "
+      "nvcc on PATH, or set CUDACXX.")
+  endif()
+  message(WARNING "qlora: nvcc was not found: building a CPU-ONLY PACKAGE, WITHOUT GPU KERNELS. For the GPU, install the "
+    "CUDA toolkit (12.4 or newer), put nvcc on PATH or set CUDACXX, and build again.")
+  return()
+endif()
+
+set(archs ${QLORA_CUDA_ARCHS})
+if(archs STREQUAL "release")
+  set(archs 80 86 89 90a 100 120)
+elseif(NOT archs)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE found OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE code)
+  if(code EQUAL 0)
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]" found "${found}")
+    list(TRANSFORM found REPLACE "\\." "")
+    list(TRANSFORM found REPLACE "^90$" "90a")  # Hopper's own instructions need the suffix.
+    list(FILTER found EXCLUDE REGEX "^[1-7][0-9]$")
+    list(REMOVE_DUPLICATES found)
+    set(archs ${found})
+  endif()
+  if(NOT archs)
+    set(archs 80 90a)
+  endif()
+endif()
+
+list(SORT archs COMPARE NATURAL)
+set(CMAKE_CUDA_ARCHITECTURES "")
+foreach(arch IN LISTS archs)
+  if(NOT arch MATCHES "^[0-9]+[af]?$" OR arch MATCHES "^[1-7][0-9]$")
+    message(FATAL_ERROR "qlora: QLORA_CUDA_ARCHS: expected 'release' or a list as 80;90a of at least 80, got "
+      "'${QLORA_CUDA_ARCHS}'")
+  endif()
+  list(APPEND CMAKE_CUDA_ARCHITECTURES ${arch}-real)
+  string(APPEND QLORA_CUDA_ARCHS_TEXT "sm_${arch} ")
+  if(arch MATCHES "^[0-9]+$")
+    set(ptx ${arch})  # PTX of a suffixed architecture runs on no other GPU.
+  endif()
+endforeach()
+if(ptx)
+  list(APPEND CMAKE_CUDA_ARCHITECTURES ${ptx}-virtual)
+  string(APPEND QLORA_CUDA_ARCHS_TEXT "compute_${ptx}")
+endif()
+string(STRIP "${QLORA_CUDA_ARCHS_TEXT}" QLORA_CUDA_ARCHS_TEXT)
+enable_language(CUDA)
+set(QLORA_HAS_CUDA ON)
+message(STATUS "qlora: CUDA ${CMAKE_CUDA_COMPILER_VERSION}, ${QLORA_CUDA_ARCHS_TEXT}")

@@ -1,0 +1,16 @@
+# CUDA kernels, for CMAKE_CUDA_ARCHITECTURES of find_cuda.cmake.
+target_sources(qlora PRIVATE
+  cuda/absmax.cu
+  cuda/api.cpp
+  cuda/dequantize.cu
+  cuda/device_info.cpp
+  cuda/embedding.cu
+  cuda/gemm/cublas.cpp
+  cuda/gemm/dense.cu
+  cuda/gemm/naive.cu
+  cuda/gemm/select.cpp
+  cuda/quantize.cu)
+target_include_directories(qlora PRIVATE . ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+# -lineinfo names source lines in profilers; -compress-all keeps the wheel small.
+target_compile_options(qlora PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo -Xfatbin=-compress-all -t2 -Xcompiler=-Wall>)
+set_target_properties(qlora PROPERTIES CUDA_RUNTIME_LIBRARY Static)
