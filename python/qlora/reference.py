@@ -1,0 +1,166 @@
+"""The 4-bit format in plain torch: what every kernel is measured against.
+
+Written to be read, not to be fast, and independent of the rest of the package, its constants included. Quantise,
+dequantise and the scales are bit-exact (float32 steps in the order of the kernels); linear layers are float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NESTED_BLOCK_SIZE = 256
+
+_CODES = {
+    "nf4": [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+        *(0.7229568362236023, 1.0),
+    ],
+    "fp4": [
+        *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
+        *(-0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5),
+        *(-0.1666666716337204, -0.25),
+    ],
+}
+# Code c of NF4 serves thresholds[c - 1] < x <= thresholds[c].
+_NF4_THRESHOLDS = [
+    *(-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984),
+    *(-0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668),
+    *(0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011),
+]
+# The i-th smallest magnitude of FP4 serves thresholds[i - 1] < |x| <= thresholds[i]; its code is order[i].
+_FP4_THRESHOLDS = [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333]
+_FP4_ORDER = [0, 1, 6, 7, 4, 5, 2, 3]
+_ZERO_CODE = {"nf4": 7, "fp4": 0}
+
+
+def codes(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
+    """Values of the 16 codes, float32 [16]."""
+    return torch.tensor(_CODES[quant_type], dtype=torch.float32, device=device)
+
+
+def thresholds(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
+    """Decision thresholds, float32: [15] over x for NF4, [7] over |x| for FP4. A value on one takes the lower side."""
+    values = _NF4_THRESHOLDS if quant_type == "nf4" else _FP4_THRESHOLDS
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def in_blocks(x: Tensor, block_size: int) -> Tensor:
+    """float32 [num_blocks, block_size] of the flattened x; a partial last block is filled up with zeros."""
+    flat = x.detach().reshape(-1).float()
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+
+
+def scale_to_unit(blocks: Tensor, absmax: Tensor) -> Tensor:
+    """x * (1 / absmax): both steps rounded to float32, as the kernels do, which is not x / absmax."""
+    return blocks * (1.0 / absmax)[:, None]
+
+
+def nearest_code(scaled: Tensor, quant_type: str) -> Tensor:
+    """uint8 code of each scaled value; NaN takes the code of 0."""
+    bounds = thresholds(quant_type, scaled.device)
+    if quant_type == "nf4":
+        code = torch.bucketize(scaled, bounds)
+    else:
+        order = torch.tensor(_FP4_ORDER, device=scaled.device)
+        code = order[torch.bucketize(scaled.abs().nan_to_num(0.0), bounds)] + 8 * (scaled < 0)
+    return torch.where(scaled.isnan(), _ZERO_CODE[quant_type], code).to(torch.uint8)
+
+
+def quantize_4bit(x: Tensor, block_size: int = 64, quant_type: str = "nf4") -> tuple[Tensor, Tensor]:
+    """Any shape -> uint8 [ceil(n / 2), 1], float32 absmax [ceil(n / block_size)].
+
+    A zero block keeps absmax 0 and the code of 0. A NaN makes its block's absmax NaN and every code that of 0. In a
+    block with an Inf absmax is Inf, Infs take the code of +-1 and finite values the code of 0.
+    """
+    blocks = in_blocks(x, block_size)
+    absmax = blocks.abs().amax(dim=1)  # NaN wins over all
+    scaled = scale_to_unit(blocks, absmax)  # 0 * inf = NaN in a zero block
+    is_infinite = blocks.isinf() & ~absmax.isnan()[:, None]
+    scaled = torch.where(is_infinite, blocks.sign(), scaled)
+    code = nearest_code(scaled, quant_type).reshape(-1)[: x.numel()]
+    if code.numel() % 2:
+        code = torch.cat([code, code.new_full((1,), _ZERO_CODE[quant_type])])
+    return (code[0::2] << 4 | code[1::2]).unsqueeze(1), absmax
+
+
+def unpack(packed: Tensor, num_values: int) -> Tensor:
+    """uint8 [num_values] codes of packed bytes of any dtype: even index in the high nibble, odd in the low."""
+    byte = packed.contiguous().reshape(-1).view(torch.uint8)[: (num_values + 1) // 2]
+    return torch.stack([byte >> 4, byte & 0xF], dim=1).reshape(-1)[:num_values]
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    *,
+    block_size: int = 64,
+    quant_type: str = "nf4",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """round(code * absmax) with the float32 product rounded once to dtype; absmax is float32 [num_blocks]."""
+    num_values = math.prod(shape)
+    values = codes(quant_type, packed.device)[unpack(packed, num_values).long()]
+    scales = absmax.reshape(-1).repeat_interleave(block_size)[:num_values]
+    return (values * scales).reshape(tuple(shape)).to(dtype)
+
+
+def nested_quant_map(device: torch.device | str = "cpu") -> Tensor:
+    """The 8-bit map of double-quantised scales, ascending float32 [256]: seven decades of midpoints, 0 and 1."""
+    values = [torch.tensor([0.0, 1.0])]
+    for decade in range(7):
+        ends = torch.linspace(0.1, 1.0, 2**decade + 1)
+        middles = (ends[:-1] + ends[1:]) / 2 * 10.0 ** (decade - 6)
+        values += [middles, -middles]
+    return torch.cat(values).sort().values.to(device)
+
+
+def quantize_absmax(absmax: Tensor, nested_offset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """float32 [n] -> codes uint8 [n], nested_absmax [ceil(n / 256)], nested_quant_map [256], nested_offset [].
+
+    codes[b] is the entry of the map nearest to (absmax[b] - offset) / nested_absmax[b / 256]; half-way cases take the
+    even index. A zero group takes the code of 0.
+    """
+    offset = absmax.mean() if nested_offset is None else nested_offset
+    if absmax.numel() == 0:
+        offset = absmax.new_zeros(())
+    quant_map = nested_quant_map(absmax.device)
+    blocks = in_blocks(absmax - offset, NESTED_BLOCK_SIZE)
+    nested_absmax = blocks.abs().amax(dim=1)
+    scaled = scale_to_unit(blocks, nested_absmax)
+    middles = (quant_map[:-1] + quant_map[1:]) / 2
+    index = torch.bucketize(scaled, middles)
+    is_half_way = scaled == middles[index.clamp(max=254)]
+    index = index + (is_half_way & (index % 2 == 1))
+    index = torch.where(scaled.isnan(), 127, index)
+    return index.reshape(-1)[: absmax.numel()].to(torch.uint8), nested_absmax, quant_map, offset
+
+
+def dequantize_absmax(
+    absmax_codes: Tensor, nested_absmax: Tensor, nested_quant_map: Tensor, nested_offset: Tensor
+) -> Tensor:
+    """float32 [n]: map[code] * nested_absmax[b / 256] + offset, product and sum rounded separately."""
+    scales = nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: absmax_codes.numel()]
+    return nested_quant_map[absmax_codes.long()] * scales + nested_offset.float()
+
+
+def linear_4bit(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """float64 x W^T + b of a dequantised weight [n, k]."""
+    output = input.double() @ weight.double().T
+    return output if bias is None else output + bias.double()
+
+
+def linear_4bit_grad_input(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """float64 dy W of a dequantised weight [n, k]."""
+    return grad_output.double() @ weight.double()
+
+
+def embedding_4bit(indices: Tensor, weight: Tensor) -> Tensor:
+    """Rows of a dequantised weight."""
+    return weight[indices]
