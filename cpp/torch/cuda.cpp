@@ -1,0 +1,174 @@
+// The operators on CUDA: check, guard + stream, allocate, call. No CUDA header and no CUDA symbol that a CPU-only torch
+// lacks, so that one library loads everywhere.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "torch/tensors.h"
+
+// Weak: torch exports it only in its CUDA builds.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace qlora::torch_ops {
+namespace {
+
+// Makes a tensor's device current and finds torch's current stream on it.
+struct Launch {
+  explicit Launch(const Tensor& tensor) : device(tensor.get_device_index()), guard(device) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "qlora: expected a torch built with CUDA, got a CUDA tensor in one without");
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  }
+
+  int32_t device;
+  torch::stable::accelerator::DeviceGuard guard;
+  qlora_stream stream = nullptr;
+};
+
+// Device memory of torch's caching allocator, whose blocks are 512-byte aligned.
+Tensor workspace_for(const Weight& weight, const Rows& operand, bool is_grad, int32_t device, int64_t* size) {
+  throw_on_failure(
+      qlora_linear_4bit_workspace_size(weight.get(), operand.m, operand.dtype, is_grad ? 1 : 0, device, size));
+  return torch::stable::new_empty(operand.values, {*size}, ScalarType::Byte);
+}
+
+std::tuple<Tensor, Tensor> quantize_4bit(Tensor input, int64_t block_size, std::string quant_type) {
+  const char* op = "quantize_4bit";
+  check_block_size(op, block_size);
+  const qlora_format format = format_of(op, quant_type);
+  const qlora_dtype dtype = dtype_of(op, "input", input.scalar_type());
+  const int64_t n = input.numel();
+  const Launch launch(input);
+  const Tensor x = checked(op, "input", input, std::nullopt, input, n);
+  Tensor packed = torch::stable::new_empty(x, {num_packed_bytes(n), 1}, ScalarType::Byte);
+  Tensor absmax = torch::stable::new_empty(x, {num_blocks(n, block_size)}, ScalarType::Float);
+  if (n == 0) return {packed, absmax};
+  throw_on_failure(qlora_quantize_4bit_cuda(x.const_data_ptr(), dtype, n, block_size, format,
+                                            packed.mutable_data_ptr<uint8_t>(), absmax.mutable_data_ptr<float>(),
+                                            launch.device, launch.stream));
+  return {packed, absmax};
+}
+
+Tensor dequantize_4bit(Tensor packed, Tensor absmax, std::optional<Tensor> nested_absmax,
+                       std::optional<Tensor> nested_quant_map, std::optional<Tensor> nested_offset, Shape shape,
+                       int64_t block_size, std::string quant_type, ScalarType dtype) {
+  const char* op = "dequantize_4bit";
+  const qlora_dtype out_dtype = dtype_of(op, "dtype", dtype);
+  const Launch launch(packed);
+  const Weight weight(op, packed, absmax, nested_absmax, nested_quant_map, nested_offset, shape, block_size, quant_type,
+                      packed);
+  Tensor output = torch::stable::new_empty(packed, shape, dtype);
+  if (weight.num_values() == 0) return output;
+  throw_on_failure(
+      qlora_dequantize_4bit_cuda(weight.get(), output.mutable_data_ptr(), out_dtype, launch.device, launch.stream));
+  return output;
+}
+
+std::tuple<Tensor, Tensor> quantize_absmax(Tensor absmax, Tensor nested_offset, Tensor nested_quant_map) {
+  const char* op = "quantize_absmax";
+  const int64_t n = absmax.numel();
+  const Launch launch(absmax);
+  const Tensor x = checked(op, "absmax", absmax, ScalarType::Float, absmax, n);
+  const Tensor offset = checked(op, "nested_offset", nested_offset, ScalarType::Float, absmax, 1);
+  const Tensor map = checked(op, "nested_quant_map", nested_quant_map, ScalarType::Float, absmax, 256);
+  Tensor codes = torch::stable::new_empty(x, {n}, ScalarType::Byte);
+  Tensor nested_absmax = torch::stable::new_empty(x, {num_nested_blocks(n)}, ScalarType::Float);
+  if (n == 0) return {codes, nested_absmax};
+  throw_on_failure(qlora_quantize_absmax_cuda(x.const_data_ptr<float>(), n, offset.const_data_ptr<float>(),
+                                              map.const_data_ptr<float>(), codes.mutable_data_ptr<uint8_t>(),
+                                              nested_absmax.mutable_data_ptr<float>(), launch.device, launch.stream));
+  return {codes, nested_absmax};
+}
+
+Tensor dequantize_absmax(Tensor codes, Tensor nested_absmax, Tensor nested_quant_map, Tensor nested_offset) {
+  const char* op = "dequantize_absmax";
+  const int64_t n = codes.numel();
+  const Launch launch(codes);
+  const Tensor q = checked(op, "absmax", codes, ScalarType::Byte, codes, n);
+  const Tensor scales = checked(op, "nested_absmax", nested_absmax, ScalarType::Float, codes, num_nested_blocks(n));
+  const Tensor map = checked(op, "nested_quant_map", nested_quant_map, ScalarType::Float, codes, 256);
+  const Tensor offset = checked(op, "nested_offset", nested_offset, ScalarType::Float, codes, 1);
+  Tensor absmax = torch::stable::new_empty(q, {n}, ScalarType::Float);
+  if (n == 0) return absmax;
+  throw_on_failure(qlora_dequantize_absmax_cuda(q.const_data_ptr<uint8_t>(), n, scales.const_data_ptr<float>(),
+                                                map.const_data_ptr<float>(), offset.const_data_ptr<float>(),
+                                                absmax.mutable_data_ptr<float>(), launch.device, launch.stream));
+  return absmax;
+}
+
+Tensor linear_4bit(Tensor input, Tensor packed, Tensor absmax, std::optional<Tensor> nested_absmax,
+                   std::optional<Tensor> nested_quant_map, std::optional<Tensor> nested_offset,
+                   std::optional<Tensor> bias, Shape shape, int64_t block_size, std::string quant_type) {
+  const char* op = "linear_4bit";
+  check_matrix(op, shape);
+  const Launch launch(input);
+  const Weight weight(op, packed, absmax, nested_absmax, nested_quant_map, nested_offset, shape, block_size, quant_type,
+                      input);
+  const Rows x(op, "input", input, weight.cols());
+  if (bias) bias = checked(op, "bias", *bias, input.scalar_type(), input, weight.rows());
+  Tensor output = x.empty_beside(weight.rows());
+  if (output.numel() == 0) return output;
+  if (weight.cols() == 0) return bias ? torch::stable::copy_(output, *bias) : torch::stable::zero_(output);
+  int64_t size = 0;
+  const Tensor workspace = workspace_for(weight, x, false, launch.device, &size);
+  throw_on_failure(qlora_linear_4bit_cuda(
+      x.values.const_data_ptr(), x.m, x.dtype, weight.get(), bias ? bias->const_data_ptr() : nullptr,
+      output.mutable_data_ptr(), size ? workspace.mutable_data_ptr() : nullptr, size, launch.device, launch.stream));
+  return output;
+}
+
+Tensor linear_4bit_grad_input(Tensor grad_output, Tensor packed, Tensor absmax, std::optional<Tensor> nested_absmax,
+                              std::optional<Tensor> nested_quant_map, std::optional<Tensor> nested_offset, Shape shape,
+                              int64_t block_size, std::string quant_type) {
+  const char* op = "linear_4bit_grad_input";
+  check_matrix(op, shape);
+  const Launch launch(grad_output);
+  const Weight weight(op, packed, absmax, nested_absmax, nested_quant_map, nested_offset, shape, block_size, quant_type,
+                      grad_output);
+  const Rows dy(op, "grad_output", grad_output, weight.rows());
+  Tensor grad_input = dy.empty_beside(weight.cols());
+  if (grad_input.numel() == 0) return grad_input;
+  if (weight.rows() == 0) return torch::stable::zero_(grad_input);
+  int64_t size = 0;
+  const Tensor workspace = workspace_for(weight, dy, true, launch.device, &size);
+  throw_on_failure(qlora_linear_4bit_grad_input_cuda(
+      dy.values.const_data_ptr(), dy.m, dy.dtype, weight.get(), grad_input.mutable_data_ptr(),
+      size ? workspace.mutable_data_ptr() : nullptr, size, launch.device, launch.stream));
+  return grad_input;
+}
+
+Tensor embedding_4bit(Tensor indices, Tensor packed, Tensor absmax, std::optional<Tensor> nested_absmax,
+                      std::optional<Tensor> nested_quant_map, std::optional<Tensor> nested_offset, Shape shape,
+                      int64_t block_size, std::string quant_type, ScalarType dtype) {
+  const char* op = "embedding_4bit";
+  check_matrix(op, shape);
+  const qlora_dtype out_dtype = dtype_of(op, "dtype", dtype);
+  const Launch launch(indices);
+  const Weight weight(op, packed, absmax, nested_absmax, nested_quant_map, nested_offset, shape, block_size, quant_type,
+                      indices);
+  const int64_t count = indices.numel();
+  const Tensor rows = checked(op, "indices", indices, ScalarType::Long, indices, count);
+  Shape out_shape(indices.sizes().begin(), indices.sizes().end());
+  out_shape.push_back(weight.cols());
+  Tensor output = torch::stable::new_empty(rows, out_shape, dtype);
+  if (output.numel() == 0) return output;
+  throw_on_failure(qlora_embedding_4bit_cuda(rows.const_data_ptr<int64_t>(), count, weight.get(),
+                                             output.mutable_data_ptr(), out_dtype, launch.device, launch.stream));
+  return output;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qlora, CUDA, m) {
+  m.impl("quantize_4bit", TORCH_BOX(&quantize_4bit));
+  m.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));
+  m.impl("quantize_absmax", TORCH_BOX(&quantize_absmax));
+  m.impl("dequantize_absmax", TORCH_BOX(&dequantize_absmax));
+  m.impl("linear_4bit", TORCH_BOX(&linear_4bit));
+  m.impl("linear_4bit_grad_input", TORCH_BOX(&linear_4bit_grad_input));
+  m.impl("embedding_4bit", TORCH_BOX(&embedding_4bit));
+}
+
+}  // namespace
+}  // namespace qlora::torch_ops

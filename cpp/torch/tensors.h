@@ -1,0 +1,138 @@
+// What the implementations of cpu.cpp and cuda.cpp share: tensors checked and turned into arguments of the C interface.
+//
+// Python raises ValueError and TypeError before it comes here (python/qlora/ops.py); these checks keep a direct call of
+// torch.ops.qlora.* from reading or writing out of bounds.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/format.h"
+#include "qlora/qlora.h"
+
+namespace qlora::torch_ops {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+inline void throw_on_failure(qlora_status status) { STD_TORCH_CHECK(status == QLORA_OK, "qlora.", qlora_last_error()); }
+
+inline qlora_dtype dtype_of(const char* op, const char* argument, ScalarType dtype) {
+  if (dtype == ScalarType::Float) return QLORA_FLOAT32;
+  if (dtype == ScalarType::Half) return QLORA_FLOAT16;
+  if (dtype == ScalarType::BFloat16) return QLORA_BFLOAT16;
+  STD_TORCH_CHECK(false, "qlora.", op, ": ", argument, ": expected float32, float16 or bfloat16, got ",
+                  torch::headeronly::toString(dtype));
+}
+
+inline qlora_format format_of(const char* op, const std::string& quant_type) {
+  STD_TORCH_CHECK(quant_type == "nf4" || quant_type == "fp4", "qlora.", op, ": quant_type: expected nf4 or fp4, got ",
+                  quant_type);
+  return quant_type == "nf4" ? QLORA_NF4 : QLORA_FP4;
+}
+
+inline void check_block_size(const char* op, int64_t block_size) {
+  STD_TORCH_CHECK(is_valid_block_size(block_size), "qlora.", op,
+                  ": block_size: expected a power of two from 32 to 4096, got ", block_size);
+}
+
+// The tensor, contiguous, of `dtype` (any for nullopt), on the device of `other`, with at least `count` values.
+inline Tensor checked(const char* op, const char* argument, const Tensor& tensor, std::optional<ScalarType> dtype,
+                      const Tensor& other, int64_t count) {
+  STD_TORCH_CHECK(!dtype || tensor.scalar_type() == *dtype, "qlora.", op, ": ", argument, ": expected ",
+                  torch::headeronly::toString(dtype.value_or(tensor.scalar_type())), ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.is_cuda() == other.is_cuda() && tensor.get_device_index() == other.get_device_index(),
+                  "qlora.", op, ": ", argument,
+                  ": expected a tensor on the device of the call, got one on another device");
+  STD_TORCH_CHECK(tensor.numel() >= count, "qlora.", op, ": ", argument, ": expected at least ", count, " values, got ",
+                  tensor.numel());
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A 4-bit weight of operator arguments; holds the contiguous tensors that its pointers point into.
+class Weight {
+ public:
+  Weight(const char* op, const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
+         const std::optional<Tensor>& nested_quant_map, const std::optional<Tensor>& nested_offset, const Shape& shape,
+         int64_t block_size, const std::string& quant_type, const Tensor& other) {
+    check_block_size(op, block_size);
+    view_.cols = shape.empty() ? 1 : shape.back();
+    view_.rows = 1;
+    for (size_t i = 0; i + 1 < shape.size(); ++i) view_.rows *= shape[i];
+    for (int64_t size : shape)
+      STD_TORCH_CHECK(size >= 0, "qlora.", op, ": shape: expected sizes of at least 0, got ", size);
+    view_.block_size = block_size;
+    view_.format = format_of(op, quant_type);
+    const int64_t blocks = num_blocks(num_values(), block_size);
+    const auto item = static_cast<int64_t>(packed.element_size());
+    view_.packed = pointer<uint8_t>(
+        checked(op, "packed", packed, std::nullopt, other, ceil_div(num_packed_bytes(num_values()), item)));
+    if (!nested_absmax) {
+      view_.absmax = pointer<float>(checked(op, "absmax", absmax, ScalarType::Float, other, blocks));
+      return;
+    }
+    STD_TORCH_CHECK(nested_quant_map && nested_offset, "qlora.", op,
+                    ": nested_absmax: expected nested_quant_map and nested_offset beside it, got None");
+    view_.absmax_codes = pointer<uint8_t>(checked(op, "absmax", absmax, ScalarType::Byte, other, blocks));
+    view_.nested_absmax = pointer<float>(
+        checked(op, "nested_absmax", *nested_absmax, ScalarType::Float, other, num_nested_blocks(blocks)));
+    view_.nested_code =
+        pointer<float>(checked(op, "nested_quant_map", *nested_quant_map, ScalarType::Float, other, 256));
+    view_.nested_offset = pointer<float>(checked(op, "nested_offset", *nested_offset, ScalarType::Float, other, 1));
+  }
+
+  const qlora_weight_4bit* get() const { return &view_; }
+  int64_t rows() const { return view_.rows; }
+  int64_t cols() const { return view_.cols; }
+  int64_t num_values() const { return view_.rows * view_.cols; }
+
+ private:
+  template <typename T>
+  const T* pointer(Tensor tensor) {
+    kept_.push_back(std::move(tensor));
+    return static_cast<const T*>(kept_.back().const_data_ptr());
+  }
+
+  qlora_weight_4bit view_{};
+  std::vector<Tensor> kept_;
+};
+
+// A matrix operand [..., width] as m rows, contiguous.
+struct Rows {
+  Rows(const char* op, const char* argument, const Tensor& tensor, int64_t width)
+      : values(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor)),
+        dtype(dtype_of(op, argument, tensor.scalar_type())),
+        leading(tensor.sizes().begin(), tensor.sizes().end()) {
+    STD_TORCH_CHECK(!leading.empty() && leading.back() == width, "qlora.", op, ": ", argument,
+                    ": expected a last dimension of ", width, ", got ", leading.empty() ? 0 : leading.back());
+    leading.pop_back();
+    for (int64_t size : leading) m *= size;
+  }
+
+  // Uninitialised [..., width] of the same dtype.
+  Tensor empty_beside(int64_t width) const {
+    Shape shape = leading;
+    shape.push_back(width);
+    return torch::stable::new_empty(values, shape);
+  }
+
+  Tensor values;
+  qlora_dtype dtype;
+  Shape leading;
+  int64_t m = 1;
+};
+
+inline void check_matrix(const char* op, const Shape& shape) {
+  STD_TORCH_CHECK(shape.size() == 2, "qlora.", op, ": shape: expected [rows, cols], got ", shape.size(), " sizes");
+}
+
+}  // namespace qlora::torch_ops
