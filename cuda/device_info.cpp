@@ -31,7 +31,8 @@ int count_devices() {
               ", got one for CUDA ", driver / 1000, ".", driver / 10 % 100, " (", cudaGetErrorString(error), ")");
 }
 
-// Machine code runs on its major version from its minor version up ("a": on exactly that one); PTX on all from there up.
+// Machine code runs on its major version from its minor version up ("a": on exactly that one); PTX on all from there
+// up.
 bool has_kernels_for(int major, int minor) {
   std::istringstream list(qlora_cuda_architectures());
   for (std::string arch; list >> arch;) {
