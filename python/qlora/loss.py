@@ -1,0 +1,217 @@
+"""Next-token cross-entropy in chunks: float32 softmax of a few rows at a time, gradients in the logits' own dtype.
+
+For row i with logits z, target t and p = softmax(z):
+
+    loss_i = log(sum_j exp(z_j)) - z_t          d loss_i / d z_j = p_j - [j == t]
+
+Written out for all rows at once, float32 logits and their softmax take 8 bytes a value: 8 GB for 8,192 tokens of a
+128 k vocabulary. Here only one chunk of rows is ever in float32. `cross_entropy` starts from the logits;
+`linear_cross_entropy` from the hidden states and a frozen head, and never holds more than one chunk of logits at all.
+`causal_lm_loss` is what transformers calls (`model.loss_function`): the same values as its ForCausalLMLoss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .lazy_logits import LazyLogits
+
+__all__ = ["causal_lm_loss", "cross_entropy", "linear_cross_entropy"]
+
+# Values of one float32 chunk, of which two are live at a time: 128 MiB each, 261 rows of a 128 k vocabulary. A guess
+# that keeps the kernels long against their launches, not a measured optimum.
+CHUNK_VALUES = 1 << 25
+# The head's weight is read again for every chunk, so these are wider.
+HEAD_CHUNK_VALUES = 1 << 26
+
+
+def _rows_per_chunk(vocabulary: int, values: int) -> int:
+    return max(1, values // max(1, vocabulary))
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def _losses(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+    return -log_probabilities.gather(-1, targets[:, None])[:, 0]
+
+
+def _logit_gradients(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+    """p - onehot(t), written over `log_probabilities`. expm1 keeps p_t - 1 exact where p_t is near 1."""
+    index = targets[:, None]
+    at_target = torch.expm1(log_probabilities.gather(-1, index))
+    return log_probabilities.exp_().scatter_(-1, index, at_target)
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Sum of the losses of logits [rows, vocabulary]; keeps the logits, writes their gradient in their dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        ctx.ignore_index = ignore_index
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        step = _rows_per_chunk(logits.shape[1], CHUNK_VALUES)
+        for rows, wanted in zip(logits.split(step), targets.split(step), strict=True):
+            ignored = wanted == ignore_index
+            losses = _losses(_log_probabilities(rows), wanted.masked_fill(ignored, 0))
+            total += losses.masked_fill_(ignored, 0.0).sum()
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets = ctx.saved_tensors
+        gradients = torch.empty_like(logits)
+        step = _rows_per_chunk(logits.shape[1], CHUNK_VALUES)
+        for rows, wanted, out in zip(logits.split(step), targets.split(step), gradients.split(step), strict=True):
+            ignored = wanted == ctx.ignore_index
+            chunk = _logit_gradients(_log_probabilities(rows), wanted.masked_fill(ignored, 0))
+            out.copy_(chunk.mul_(grad_total).masked_fill_(ignored[:, None], 0.0))
+        return gradients, None, None
+
+
+class _LinearCrossEntropySum(torch.autograd.Function):
+    """Sum of the losses of hidden @ weight^T + bias for a frozen head.
+
+    The gradient towards hidden is made in forward, chunk by chunk and unscaled (fp16 loses nothing to a small 1 / n),
+    so that the logits are computed once and no more than a chunk of them exists.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradients = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        step = _rows_per_chunk(weight.shape[0], HEAD_CHUNK_VALUES)
+        for start in range(0, hidden.shape[0], step):
+            wanted = targets[start : start + step]
+            logits = F.linear(hidden[start : start + step], weight, bias)
+            log_probabilities = _log_probabilities(logits)
+            total += _losses(log_probabilities, wanted).sum()
+            if gradients is not None:
+                # The logits of the chunk are done with: their memory takes the gradient in their dtype.
+                logits.copy_(_logit_gradients(log_probabilities, wanted))
+                torch.mm(logits, weight, out=gradients[start : start + step])
+        if gradients is not None:
+            ctx.save_for_backward(gradients)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return (gradients.float() * grad_total).to(gradients.dtype), None, None, None
+
+
+def _reduce(total: Tensor, targets: Tensor, ignore_index: int, num_items: Tensor | int | None) -> Tensor:
+    if num_items is None:
+        return total / (targets != ignore_index).sum()
+    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+
+def _check(name: str, values: Tensor, targets: Tensor) -> None:
+    if values.dim() != 2 or not values.is_floating_point():
+        raise ValueError(f"qlora.{name}: expected a floating [rows, width], got {values.dtype} {list(values.shape)}")
+    if targets.dtype != torch.int64 or targets.shape != values.shape[:1]:
+        wanted = f"int64 [{values.shape[0]}]"
+        raise ValueError(f"qlora.{name}: targets: expected {wanted}, got {targets.dtype} {list(targets.shape)}")
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Cross-entropy of logits, softmax in float32 whatever their dtype.
+
+    Args:
+        logits: floating [rows, vocabulary]. Kept for backward; their gradient has their dtype.
+        targets: int64 [rows]; rows equal to `ignore_index` do not count.
+        num_items: what the sum is divided by; None is the number of rows that count (0 of them give NaN, as torch).
+
+    Returns:
+        float32 [].
+
+    Raises:
+        ValueError: a shape or dtype is not as said.
+    """
+    _check("cross_entropy", logits, targets)
+    total = _CrossEntropySum.apply(logits, targets, ignore_index)
+    return _reduce(total, targets, ignore_index, num_items)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """Cross-entropy of hidden @ weight^T + bias without the logits ever existing as a whole.
+
+    Rows that do not count are left out of the products too. The head is frozen: no gradient towards weight or bias.
+
+    Args:
+        hidden: floating [rows, width].
+        weight: [vocabulary, width] and bias [vocabulary], of the dtype of hidden.
+        targets, ignore_index, num_items: as in `cross_entropy`.
+
+    Returns:
+        float32 [].
+
+    Raises:
+        ValueError: a shape or dtype is not as said, or the head wants a gradient.
+    """
+    _check("linear_cross_entropy", hidden, targets)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("qlora.linear_cross_entropy: weight: expected a frozen head, got one that requires grad")
+    if weight.dtype != hidden.dtype or weight.shape[1:] != hidden.shape[1:]:
+        wanted = f"{hidden.dtype} [vocabulary, {hidden.shape[1]}]"
+        raise ValueError(
+            f"qlora.linear_cross_entropy: weight: expected {wanted}, got {weight.dtype} {list(weight.shape)}"
+        )
+    kept = (targets != ignore_index).nonzero()[:, 0]
+    count = kept.numel() if num_items is None else num_items
+    if kept.numel() < targets.numel():
+        hidden, targets = hidden[kept], targets[kept]
+    with torch.autocast(hidden.device.type, enabled=False):
+        total = _LinearCrossEntropySum.apply(hidden, weight, bias, targets)
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Next-token loss with the signature and value of transformers' ForCausalLMLoss, without its float32 logits.
+
+    Args:
+        logits: [..., vocab_size]; logits of a `LazyLogits` are never computed as a whole.
+        labels: int64 [..., length], shifted here so that position i predicts i + 1; `ignore_index` does not count.
+        num_items_in_batch: what the sum is divided by; None is the number of labels that count.
+        shift_labels: labels that are shifted already, instead of `labels`.
+
+    Returns:
+        float32 [].
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.reshape(-1).to(logits.device)
+    if isinstance(logits, LazyLogits) and not logits.is_computed and logits.shape[-1] == vocab_size:
+        hidden, weight, bias = logits.inputs()
+        return linear_cross_entropy(
+            *(hidden.reshape(-1, hidden.shape[-1]), weight, targets),
+            **dict(bias=bias, ignore_index=ignore_index, num_items=num_items_in_batch),
+        )
+    flat = logits.view(-1, vocab_size)
+    return cross_entropy(flat, targets, ignore_index=ignore_index, num_items=num_items_in_batch)
