@@ -1,12 +1,9 @@
 # CPU kernels. Each instruction set is one file with its own flags, chosen at run time.
 target_sources(qlora PRIVATE
-  cpp/cpu/absmax.cpp
   cpp/cpu/api.cpp
-  cpp/cpu/dequantize.cpp
-  cpp/cpu/embedding.cpp
-  cpp/cpu/gemm.cpp
+  cpp/cpu/kernels.cpp
   cpp/cpu/kernels_plain.cpp
-  cpp/cpu/quantize.cpp)
+  cpp/cpu/scratch.cpp)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   target_sources(qlora PRIVATE cpp/cpu/kernels_avx2.cpp cpp/cpu/kernels_avx512.cpp)
   set_source_files_properties(cpp/cpu/kernels_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
