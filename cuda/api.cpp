@@ -1,0 +1,216 @@
+// The CUDA half of the C interface. Every function: check the arguments, make the device current, call.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "core/gemm.h"
+#include "core/status.h"
+#include "core/weight.h"
+#include "cuda/device_guard.h"
+#include "cuda/gemm/select.h"
+#include "cuda/kernels.h"
+#include "qlora/qlora.h"
+
+namespace qlora {
+namespace {
+
+constexpr uintptr_t kWorkspaceAlignment = 256;
+
+cudaStream_t to_cuda(qlora_stream stream) { return static_cast<cudaStream_t>(stream); }
+
+void check_count(const char* op, const char* argument, int64_t count) {
+  expect(count >= 0, op, ": ", argument, ": expected at least 0, got ", count);
+}
+
+// rows x cols values of 4 bytes must be countable.
+void check_size(const char* op, const char* argument, int64_t rows, int64_t cols) {
+  check_count(op, argument, rows);
+  expect(cols == 0 || rows <= std::numeric_limits<int64_t>::max() / 8 / cols, op, ": ", argument,
+         ": expected a size below 2^63 bytes, got ", rows, " rows of ", cols);
+}
+
+void check_gemm(const char* op, const Gemm& problem) {
+  check_dtype(op, problem.dtype);
+  check_size(op, "m", problem.m, std::max(problem.weight.rows, problem.weight.cols));
+}
+
+const char* name_of(Direction direction) {
+  return direction == Direction::kForward ? "linear_4bit" : "linear_4bit_grad_input";
+}
+
+// A shape and a dtype without data, for the questions that need no more.
+Gemm describe_gemm(const char* op, const qlora_weight_4bit* weight, int64_t m, qlora_dtype dtype, int is_grad) {
+  check_pointer(op, "weight", weight);
+  check_format(op, weight->format);
+  check_block_size(op, weight->block_size);
+  check_size(op, "weight.rows", weight->rows, weight->cols);
+  check_count(op, "weight.cols", weight->cols);
+  Gemm problem = {};
+  problem.direction = is_grad != 0 ? Direction::kGradInput : Direction::kForward;
+  problem.m = m;
+  problem.dtype = dtype;
+  problem.weight = *weight;
+  check_gemm(op, problem);
+  return problem;
+}
+
+void check_workspace(const char* op, const Gemm& problem, const Device& device) {
+  const int64_t needed = gemm_workspace_size(problem, device);
+  expect(problem.workspace_size >= needed, op, ": workspace_size: expected at least ", needed, ", got ",
+         problem.workspace_size);
+  if (needed == 0) return;
+  check_pointer(op, "workspace", problem.workspace);
+  expect(reinterpret_cast<uintptr_t>(problem.workspace) % kWorkspaceAlignment == 0, op,
+         ": workspace: expected an address aligned to ", kWorkspaceAlignment, " bytes, got ", problem.workspace);
+}
+
+void run_linear(const Gemm& problem, int32_t device_index, qlora_stream stream) {
+  const bool is_forward = problem.direction == Direction::kForward;
+  const char* const op = name_of(problem.direction);
+  check_gemm(op, problem);
+  const Device& device = find_device(op, device_index);
+  const int64_t num_inputs = is_forward ? problem.weight.cols : problem.weight.rows;
+  const int64_t num_outputs = is_forward ? problem.weight.rows : problem.weight.cols;
+  if (problem.m == 0 || num_outputs == 0) return;
+  if (num_inputs > 0) check_pointer(op, is_forward ? "x" : "dy", problem.input);
+  check_pointer(op, is_forward ? "y" : "dx", problem.output);
+  check_workspace(op, problem, device);
+  const DeviceGuard guard(device_index);
+  run_gemm(problem, device, to_cuda(stream));
+}
+
+}  // namespace
+}  // namespace qlora
+
+using qlora::guarded;
+
+qlora_status qlora_quantize_4bit_cuda(const void* x, qlora_dtype dtype, int64_t n, int64_t block_size,
+                                      qlora_format format, uint8_t* packed, float* absmax, int32_t device,
+                                      qlora_stream stream) {
+  return guarded([&] {
+    constexpr const char* kOp = "quantize_4bit";
+    qlora::check_dtype(kOp, dtype);
+    qlora::check_format(kOp, format);
+    qlora::check_block_size(kOp, block_size);
+    qlora::check_size(kOp, "n", n, 1);
+    qlora::find_device(kOp, device);
+    if (n == 0) return;
+    qlora::check_pointer(kOp, "x", x);
+    qlora::check_pointer(kOp, "packed", packed);
+    qlora::check_pointer(kOp, "absmax", absmax);
+    const qlora::DeviceGuard guard(device);
+    qlora::quantize_4bit(x, dtype, n, block_size, format, packed, absmax, qlora::to_cuda(stream));
+  });
+}
+
+qlora_status qlora_dequantize_4bit_cuda(const qlora_weight_4bit* weight, void* y, qlora_dtype dtype, int32_t device,
+                                        qlora_stream stream) {
+  return guarded([&] {
+    constexpr const char* kOp = "dequantize_4bit";
+    qlora::check_weight(kOp, weight);
+    qlora::check_dtype(kOp, dtype);
+    qlora::find_device(kOp, device);
+    if (qlora::num_values(*weight) == 0) return;
+    qlora::check_pointer(kOp, "y", y);
+    const qlora::DeviceGuard guard(device);
+    const qlora::Window whole = {0, weight->rows, 0, weight->cols};
+    qlora::dequantize_4bit(*weight, whole, y, weight->cols, dtype, qlora::to_cuda(stream));
+  });
+}
+
+qlora_status qlora_quantize_absmax_cuda(const float* absmax, int64_t n, const float* nested_offset,
+                                        const float* nested_code, uint8_t* codes, float* nested_absmax, int32_t device,
+                                        qlora_stream stream) {
+  return guarded([&] {
+    constexpr const char* kOp = "quantize_absmax";
+    qlora::check_size(kOp, "n", n, 1);
+    qlora::find_device(kOp, device);
+    if (n == 0) return;
+    qlora::check_pointer(kOp, "absmax", absmax);
+    qlora::check_pointer(kOp, "nested_offset", nested_offset);
+    qlora::check_pointer(kOp, "nested_code", nested_code);
+    qlora::check_pointer(kOp, "codes", codes);
+    qlora::check_pointer(kOp, "nested_absmax", nested_absmax);
+    const qlora::DeviceGuard guard(device);
+    qlora::quantize_absmax(absmax, n, nested_offset, nested_code, codes, nested_absmax, qlora::to_cuda(stream));
+  });
+}
+
+qlora_status qlora_dequantize_absmax_cuda(const uint8_t* codes, int64_t n, const float* nested_absmax,
+                                          const float* nested_code, const float* nested_offset, float* absmax,
+                                          int32_t device, qlora_stream stream) {
+  return guarded([&] {
+    constexpr const char* kOp = "dequantize_absmax";
+    qlora::check_size(kOp, "n", n, 1);
+    qlora::find_device(kOp, device);
+    if (n == 0) return;
+    qlora::check_pointer(kOp, "codes", codes);
+    qlora::check_pointer(kOp, "nested_absmax", nested_absmax);
+    qlora::check_pointer(kOp, "nested_code", nested_code);
+    qlora::check_pointer(kOp, "nested_offset", nested_offset);
+    qlora::check_pointer(kOp, "absmax", absmax);
+    const qlora::DeviceGuard guard(device);
+    qlora::dequantize_absmax(codes, n, nested_absmax, nested_code, nested_offset, absmax, qlora::to_cuda(stream));
+  });
+}
+
+qlora_status qlora_linear_4bit_cuda(const void* x, int64_t m, qlora_dtype dtype, const qlora_weight_4bit* weight,
+                                    const void* bias, void* y, void* workspace, int64_t workspace_size, int32_t device,
+                                    qlora_stream stream) {
+  return guarded([&] {
+    qlora::check_weight("linear_4bit", weight);
+    qlora::run_linear({qlora::Direction::kForward, m, dtype, *weight, x, bias, y, workspace, workspace_size}, device,
+                      stream);
+  });
+}
+
+qlora_status qlora_linear_4bit_grad_input_cuda(const void* dy, int64_t m, qlora_dtype dtype,
+                                               const qlora_weight_4bit* weight, void* dx, void* workspace,
+                                               int64_t workspace_size, int32_t device, qlora_stream stream) {
+  return guarded([&] {
+    qlora::check_weight("linear_4bit_grad_input", weight);
+    qlora::run_linear({qlora::Direction::kGradInput, m, dtype, *weight, dy, nullptr, dx, workspace, workspace_size},
+                      device, stream);
+  });
+}
+
+qlora_status qlora_linear_4bit_workspace_size(const qlora_weight_4bit* weight, int64_t m, qlora_dtype dtype,
+                                              int is_grad, int32_t device, int64_t* size) {
+  return guarded([&] {
+    constexpr const char* kOp = "linear_4bit_workspace_size";
+    const qlora::Gemm problem = qlora::describe_gemm(kOp, weight, m, dtype, is_grad);
+    qlora::check_pointer(kOp, "size", size);
+    *size = qlora::gemm_workspace_size(problem, qlora::find_device(kOp, device));
+  });
+}
+
+qlora_status qlora_explain_linear_4bit(const qlora_weight_4bit* weight, int64_t m, qlora_dtype dtype, int is_grad,
+                                       int32_t device, char* text, int64_t size) {
+  return guarded([&] {
+    constexpr const char* kOp = "explain_linear_4bit";
+    const qlora::Gemm problem = qlora::describe_gemm(kOp, weight, m, dtype, is_grad);
+    qlora::check_pointer(kOp, "text", text);
+    qlora::expect(size >= 1, kOp, ": size: expected at least 1, got ", size);
+    const std::string whole = qlora::explain_gemm(problem, qlora::find_device(kOp, device));
+    const size_t length = std::min(whole.size(), static_cast<size_t>(size - 1));
+    std::memcpy(text, whole.data(), length);
+    text[length] = '\0';
+  });
+}
+
+qlora_status qlora_embedding_4bit_cuda(const int64_t* indices, int64_t num_indices, const qlora_weight_4bit* weight,
+                                       void* y, qlora_dtype dtype, int32_t device, qlora_stream stream) {
+  return guarded([&] {
+    constexpr const char* kOp = "embedding_4bit";
+    qlora::check_weight(kOp, weight);
+    qlora::check_dtype(kOp, dtype);
+    qlora::check_size(kOp, "num_indices", num_indices, weight->cols);
+    qlora::find_device(kOp, device);
+    if (num_indices == 0 || weight->cols == 0) return;
+    qlora::check_pointer(kOp, "indices", indices);
+    qlora::check_pointer(kOp, "y", y);
+    const qlora::DeviceGuard guard(device);
+    qlora::embedding_4bit(indices, num_indices, *weight, y, dtype, qlora::to_cuda(stream));
+  });
+}

@@ -1,0 +1,51 @@
+// Scaled values q = x / absmax, computed as bitsandbytes' CUDA kernels do so that codes agree with them to the bit:
+// q = x * rcp.approx(absmax), subnormals flushed to zero. What this formula cannot serve is defined here:
+//
+//   absmax                          q
+//   0, NaN                          0
+//   Inf                             +-1 for x = +-Inf, else 0
+//   subnormal, or above 2^126       x and absmax are first scaled by a power of two, which is exact
+#pragma once
+
+#include <cstdint>
+
+namespace qlora {
+
+// The hardware's reciprocal (1 ulp), which is what a division becomes under --use_fast_math.
+__device__ __forceinline__ float reciprocal_approx_ftz(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Product rounded to nearest with subnormal inputs and results flushed, as --use_fast_math compiles it.
+__device__ __forceinline__ float multiply_ftz(float x, float y) {
+  float z;
+  asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
+// Bits of |x|. As unsigned integers they order like the magnitudes, with every NaN above Inf: an integer maximum finds
+// absmax and lets NaN through, which fmaxf drops.
+__device__ __forceinline__ uint32_t magnitude_bits(float x) { return __float_as_uint(x) & 0x7FFFFFFFu; }
+
+// Whether absmax lies in [2^-126, 2^126], where rcp.approx.ftz yields a normal number.
+__device__ __forceinline__ bool has_reciprocal(uint32_t absmax_bits) {
+  return absmax_bits - 0x00800000u <= 0x7E800000u - 0x00800000u;
+}
+
+// q for the remaining absmax, by the table above.
+__device__ __forceinline__ float normalise_irregular(float x, uint32_t absmax_bits) {
+  constexpr uint32_t kInf = 0x7F800000u;
+  if (absmax_bits == 0 || absmax_bits > kInf) return 0.0f;
+  if (absmax_bits == kInf) return magnitude_bits(x) == kInf ? copysignf(1.0f, x) : 0.0f;
+  const float power = absmax_bits < 0x00800000u ? 0x1p64f : 0x1p-64f;
+  return multiply_ftz(x * power, reciprocal_approx_ftz(__uint_as_float(absmax_bits) * power));
+}
+
+__device__ __forceinline__ float normalise(float x, uint32_t absmax_bits) {
+  return has_reciprocal(absmax_bits) ? multiply_ftz(x, reciprocal_approx_ftz(__uint_as_float(absmax_bits)))
+                                     : normalise_irregular(x, absmax_bits);
+}
+
+}  // namespace qlora

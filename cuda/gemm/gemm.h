@@ -1,0 +1,27 @@
+// The linear kernels. Each is a trio:
+//   supports_x(problem, device)        "" where the kernel serves the problem, else the first reason why not
+//   x_workspace_size(problem, device)  bytes that x needs; absent for kernels that need none
+//   x(problem, device, stream)         runs it on the current device, which is `device`
+// Predicates read only shapes, dtypes and whether pointers are null. Their order is select.cpp's business.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <string>
+
+#include "core/gemm.h"
+#include "cuda/device_guard.h"
+
+namespace qlora {
+
+// naive.cu: any shape, a thread an output. The oracle on the GPU.
+std::string supports_naive(const Gemm& problem, const Device& device);
+void naive(const Gemm& problem, const Device& device, cudaStream_t stream);
+
+// dense.cu: dequantise a chunk that fits L2, multiply it with cuBLAS, next chunk.
+std::string supports_dense(const Gemm& problem, const Device& device);
+int64_t dense_workspace_size(const Gemm& problem, const Device& device);
+void dense(const Gemm& problem, const Device& device, cudaStream_t stream);
+
+}  // namespace qlora
