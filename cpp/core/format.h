@@ -10,7 +10,8 @@
 #if defined(__CUDACC__)
 #define QLORA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define QLORA_HOST_DEVICE inline
+// Always inlined, since translation units compiled for different instruction sets share this header.
+#define QLORA_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace qlora {
@@ -64,6 +65,22 @@ QLORA_HOST_DEVICE constexpr std::uint8_t pack_codes(std::uint8_t even, std::uint
 QLORA_HOST_DEVICE constexpr std::uint8_t unpack_code(std::uint8_t byte, bool is_odd) {
   return is_odd ? byte & 0xF : byte >> 4;
 }
+
+// How x is scaled to [-1, 1] before its code is looked up: scaled = (x * lift) * reciprocal, every step rounded to fp32
+// (IEEE division; subnormals kept; nothing fused). The lift is exact, and 1 but for subnormal absmax, whose reciprocal
+// would overflow. Only for finite absmax > 0: elsewhere scaled is 0, but +-1 for an Inf. The same holds one level up, for
+// the scales minus their offset, except that there every scale of a group with absmax 0, Inf or NaN counts as 0.
+struct BlockScaling {
+  float lift;
+  float reciprocal;
+};
+QLORA_HOST_DEVICE constexpr BlockScaling block_scaling(float absmax) {
+  const float lift = absmax < 1.17549435e-38f ? 18446744073709551616.0f : 1.0f;  // 2^-126, 2^64
+  return {lift, 1.0f / (absmax * lift)};
+}
+
+// The code of a double-quantised scale is the nearest entry of nested_code, an ascending table. Between entries i and
+// i + 1 the decision falls at (nested_code[i] + nested_code[i + 1]) * 0.5f; a value on it takes the even index.
 
 // The code of +0, also stored for the padding nibble of an odd count and for zero or NaN blocks.
 template <Format F>

@@ -1,0 +1,137 @@
+// The CPU half of the C interface: check the arguments, then call the kernel.
+#include <limits>
+
+#include "core/status.h"
+#include "core/weight.h"
+#include "cpu/kernels.h"
+
+namespace qlora::cpu {
+namespace {
+
+constexpr int64_t kMaxValues = std::numeric_limits<int64_t>::max() / 8;
+
+void check_count(const char* op, const char* argument, int64_t count) {
+  expect(count >= 0 && count <= kMaxValues, op, ": ", argument, ": expected 0 to ", kMaxValues, ", got ", count);
+}
+
+}  // namespace
+}  // namespace qlora::cpu
+
+using namespace qlora;
+
+qlora_status qlora_quantize_4bit_cpu(const void* x, qlora_dtype dtype, int64_t n, int64_t block_size,
+                                     qlora_format format, uint8_t* packed, float* absmax, int64_t block_begin,
+                                     int64_t block_end) {
+  return guarded([&] {
+    const char* op = "qlora.quantize_4bit";
+    check_dtype(op, dtype);
+    check_format(op, format);
+    check_block_size(op, block_size);
+    cpu::check_count(op, "n", n);
+    check_range(op, "blocks", block_begin, block_end, num_blocks(n, block_size));
+    if (block_begin == block_end) return;
+    check_pointer(op, "x", x);
+    check_pointer(op, "packed", packed);
+    check_pointer(op, "absmax", absmax);
+    cpu::kernels().quantize(x, dtype, n, block_size, format, packed, absmax, block_begin, block_end);
+  });
+}
+
+qlora_status qlora_dequantize_4bit_cpu(const qlora_weight_4bit* weight, void* y, qlora_dtype dtype,
+                                       int64_t block_begin, int64_t block_end) {
+  return guarded([&] {
+    const char* op = "qlora.dequantize_4bit";
+    check_weight(op, weight);
+    check_dtype(op, dtype);
+    check_range(op, "blocks", block_begin, block_end, num_blocks(*weight));
+    if (block_begin == block_end) return;
+    check_pointer(op, "y", y);
+    cpu::kernels().dequantize(*weight, y, dtype, block_begin, block_end);
+  });
+}
+
+qlora_status qlora_quantize_absmax_cpu(const float* absmax, int64_t n, const float* nested_offset,
+                                       const float* nested_code, uint8_t* codes, float* nested_absmax,
+                                       int64_t group_begin, int64_t group_end) {
+  return guarded([&] {
+    const char* op = "qlora.quantize_absmax";
+    cpu::check_count(op, "n", n);
+    check_range(op, "groups", group_begin, group_end, num_nested_blocks(n));
+    if (group_begin == group_end) return;
+    check_pointer(op, "absmax", absmax);
+    check_pointer(op, "nested_offset", nested_offset);
+    check_pointer(op, "nested_code", nested_code);
+    check_pointer(op, "codes", codes);
+    check_pointer(op, "nested_absmax", nested_absmax);
+    cpu::kernels().quantize_absmax(absmax, n, *nested_offset, nested_code, codes, nested_absmax, group_begin,
+                                   group_end);
+  });
+}
+
+qlora_status qlora_dequantize_absmax_cpu(const uint8_t* codes, int64_t n, const float* nested_absmax,
+                                         const float* nested_code, const float* nested_offset, float* absmax,
+                                         int64_t begin, int64_t end) {
+  return guarded([&] {
+    const char* op = "qlora.dequantize_absmax";
+    cpu::check_count(op, "n", n);
+    check_range(op, "scales", begin, end, n);
+    if (begin == end) return;
+    check_pointer(op, "codes", codes);
+    check_pointer(op, "nested_absmax", nested_absmax);
+    check_pointer(op, "nested_code", nested_code);
+    check_pointer(op, "nested_offset", nested_offset);
+    check_pointer(op, "absmax", absmax);
+    cpu::kernels().dequantize_absmax(codes, nested_absmax, nested_code, *nested_offset, absmax, begin, end);
+  });
+}
+
+qlora_status qlora_linear_4bit_cpu(const void* x, int64_t m, qlora_dtype dtype, const qlora_weight_4bit* weight,
+                                   const void* bias, void* y, int64_t row_begin, int64_t row_end) {
+  return guarded([&] {
+    const char* op = "qlora.linear_4bit";
+    check_weight(op, weight);
+    check_dtype(op, dtype);
+    cpu::check_count(op, "m", m);
+    check_range(op, "rows of the weight", row_begin, row_end, weight->rows);
+    if (m == 0 || row_begin == row_end) return;
+    if (weight->cols != 0) check_pointer(op, "x", x);
+    check_pointer(op, "y", y);
+    cpu::kernels().linear(x, m, dtype, *weight, bias, y, row_begin, row_end);
+  });
+}
+
+qlora_status qlora_linear_4bit_grad_input_cpu(const void* dy, int64_t m, qlora_dtype dtype,
+                                              const qlora_weight_4bit* weight, void* dx, int64_t col_begin,
+                                              int64_t col_end) {
+  return guarded([&] {
+    const char* op = "qlora.linear_4bit_grad_input";
+    check_weight(op, weight);
+    check_dtype(op, dtype);
+    cpu::check_count(op, "m", m);
+    check_range(op, "columns of the weight", col_begin, col_end, weight->cols);
+    if (m == 0 || col_begin == col_end) return;
+    if (weight->rows != 0) check_pointer(op, "dy", dy);
+    check_pointer(op, "dx", dx);
+    cpu::kernels().linear_grad_input(dy, m, dtype, *weight, dx, col_begin, col_end);
+  });
+}
+
+qlora_status qlora_embedding_4bit_cpu(const int64_t* indices, int64_t num_indices, const qlora_weight_4bit* weight,
+                                      void* y, qlora_dtype dtype, int64_t begin, int64_t end) {
+  return guarded([&] {
+    const char* op = "qlora.embedding_4bit";
+    check_weight(op, weight);
+    check_dtype(op, dtype);
+    cpu::check_count(op, "num_indices", num_indices);
+    check_range(op, "indices", begin, end, num_indices);
+    if (begin == end) return;
+    check_pointer(op, "indices", indices);
+    for (int64_t i = begin; i < end; ++i) {
+      expect(indices[i] >= 0 && indices[i] < weight->rows, op, ": indices[", i, "]: expected 0 <= index < ",
+             weight->rows, ", got ", indices[i]);
+    }
+    if (weight->cols == 0) return;
+    check_pointer(op, "y", y);
+    cpu::kernels().embedding(indices, *weight, y, dtype, begin, end);
+  });
+}

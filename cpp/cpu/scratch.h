@@ -1,0 +1,12 @@
+// Working memory of the CPU kernels: one buffer a thread, which grows to the largest request and lives as long as the
+// thread, so that a call allocates nothing once it is warm. Requests are bounded by the tile sizes of gemm.h.
+#pragma once
+
+#include <cstddef>
+
+namespace qlora::cpu {
+
+// 64-byte aligned, uninitialised, valid until the thread's next call of scratch(). Throws std::bad_alloc.
+float* scratch(std::size_t num_floats);
+
+}  // namespace qlora::cpu
