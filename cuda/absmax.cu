@@ -41,8 +41,9 @@ __global__ __launch_bounds__(kThreads) void quantize_absmax_kernel(const float* 
     uint32_t largest = 0;
 #pragma unroll
     for (int warp = 0; warp < kThreads / 32; ++warp) largest = max(largest, warp_largest[warp]);
-    if (thread == 0) nested_absmax[first / kNestedBlockSize] = __uint_as_float(largest);
-    if (index < n) codes[index] = nearest_nested_code(normalise(centred, largest), code);
+    if (thread == 0) nested_absmax[first / kNestedBlockSize] = absmax_of_bits(largest);
+    const float scaled = largest < kInfBits ? normalise(centred, largest) : 0.0f;  // Inf or NaN: no scale survives
+    if (index < n) codes[index] = nearest_nested_code(scaled, code);
     __syncthreads();  // The next group overwrites warp_largest.
   }
 }

@@ -100,7 +100,7 @@ __global__ __launch_bounds__(kThreads) void quantize_kernel(const T* __restrict_
         *reinterpret_cast<uint32_t*>(packed + index / 2) = encode_8<F>(q, table);
       }
       if (lane % kLanesPerBlock == 0) {
-        absmax[(first + begin * kUnitsAcross) / kBlockSize] = __uint_as_float(largest);
+        absmax[(first + begin * kUnitsAcross) / kBlockSize] = absmax_of_bits(largest);
       }
     }
   }
@@ -135,7 +135,7 @@ __global__ __launch_bounds__(kThreads) void quantize_plain_kernel(const T* __res
       const uint32_t odd = i + 1 < end ? encode<F>(normalise(to_float(x[i + 1]), largest), table) : kZeroCode<F>;
       packed[i / 2] = pack_codes(static_cast<uint8_t>(even), static_cast<uint8_t>(odd));
     }
-    if (lane == 0) absmax[block] = __uint_as_float(largest);
+    if (lane == 0) absmax[block] = absmax_of_bits(largest);
   }
 }
 

@@ -4,7 +4,9 @@
 //   absmax                          q
 //   0, NaN                          0
 //   Inf                             +-1 for x = +-Inf, else 0
-//   subnormal, or above 2^126       x and absmax are first scaled by a power of two, which is exact
+//   subnormal, or above 2^126       x and absmax are first scaled by 2^64 or 2^-64
+//
+// The CPU scales by the same rules (core/format.h) with an exact reciprocal and without flushing.
 #pragma once
 
 #include <cstdint>
@@ -25,9 +27,17 @@ __device__ __forceinline__ float multiply_ftz(float x, float y) {
   return z;
 }
 
+inline constexpr uint32_t kInfBits = 0x7F800000u;
+inline constexpr uint32_t kNaNBits = 0x7FC00000u;
+
 // Bits of |x|. As unsigned integers they order like the magnitudes, with every NaN above Inf: an integer maximum finds
 // absmax and lets NaN through, which fmaxf drops.
 __device__ __forceinline__ uint32_t magnitude_bits(float x) { return __float_as_uint(x) & 0x7FFFFFFFu; }
+
+// The absmax that is stored: one NaN for all.
+__device__ __forceinline__ float absmax_of_bits(uint32_t bits) {
+  return __uint_as_float(bits > kInfBits ? kNaNBits : bits);
+}
 
 // Whether absmax lies in [2^-126, 2^126], where rcp.approx.ftz yields a normal number.
 __device__ __forceinline__ bool has_reciprocal(uint32_t absmax_bits) {
@@ -36,9 +46,8 @@ __device__ __forceinline__ bool has_reciprocal(uint32_t absmax_bits) {
 
 // q for the remaining absmax, by the table above.
 __device__ __forceinline__ float normalise_irregular(float x, uint32_t absmax_bits) {
-  constexpr uint32_t kInf = 0x7F800000u;
-  if (absmax_bits == 0 || absmax_bits > kInf) return 0.0f;
-  if (absmax_bits == kInf) return magnitude_bits(x) == kInf ? copysignf(1.0f, x) : 0.0f;
+  if (absmax_bits == 0 || absmax_bits > kInfBits) return 0.0f;
+  if (absmax_bits == kInfBits) return magnitude_bits(x) == kInfBits ? copysignf(1.0f, x) : 0.0f;
   const float power = absmax_bits < 0x00800000u ? 0x1p64f : 0x1p-64f;
   return multiply_ftz(x * power, reciprocal_approx_ftz(__uint_as_float(absmax_bits) * power));
 }
