@@ -12,7 +12,7 @@ LIBRARY_NAME = "libqlora_torch.so"
 
 def library_path() -> Path:
     """Where the operator library of this installation lies, whether or not it is there."""
-    return Path(__file__).resolve().parent / "lib" / LIBRARY_NAME
+    return Path(__file__).parent / "lib" / LIBRARY_NAME
 
 
 def _torch_version(version: str) -> tuple[int, int]:

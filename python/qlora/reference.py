@@ -33,21 +33,27 @@ _NF4_THRESHOLDS = [
     *(-0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668),
     *(0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011),
 ]
-# The i-th smallest magnitude of FP4 serves thresholds[i - 1] < |x| <= thresholds[i]; its code is order[i].
+# The i-th smallest magnitude of FP4 serves thresholds[i - 1] < |x| <= thresholds[i]; its code is order[i]. Some are
+# rounded decimals, not midpoints: the format's own.
 _FP4_THRESHOLDS = [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333]
 _FP4_ORDER = [0, 1, 6, 7, 4, 5, 2, 3]
 _ZERO_CODE = {"nf4": 7, "fp4": 0}
 
 
-def codes(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
+def code_values(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
     """Values of the 16 codes, float32 [16]."""
     return torch.tensor(_CODES[quant_type], dtype=torch.float32, device=device)
 
 
-def thresholds(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
-    """Decision thresholds, float32: [15] over x for NF4, [7] over |x| for FP4. A value on one takes the lower side."""
-    values = _NF4_THRESHOLDS if quant_type == "nf4" else _FP4_THRESHOLDS
-    return torch.tensor(values, dtype=torch.float32, device=device)
+def decision_thresholds(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
+    """Ascending float32 [15]: where one code ends and the next begins.
+
+    A value on a threshold takes the lower code (NF4) or the smaller magnitude (FP4). Below 0, FP4 decides on |x|; its
+    middle threshold, 0, parts code 8 (-0, x < 0) from code 0.
+    """
+    positive = torch.tensor(_FP4_THRESHOLDS, dtype=torch.float32)
+    fp4 = torch.cat([-positive.flip(0), torch.zeros(1), positive])
+    return (torch.tensor(_NF4_THRESHOLDS) if quant_type == "nf4" else fp4).to(device)
 
 
 def in_blocks(x: Tensor, block_size: int) -> Tensor:
@@ -57,18 +63,23 @@ def in_blocks(x: Tensor, block_size: int) -> Tensor:
 
 
 def scale_to_unit(blocks: Tensor, absmax: Tensor) -> Tensor:
-    """x * (1 / absmax): both steps rounded to float32, as the kernels do, which is not x / absmax."""
-    return blocks * (1.0 / absmax)[:, None]
+    """x * (1 / absmax), both steps rounded to float32 as in the kernels, which is not x / absmax.
+
+    Where absmax or its reciprocal is no normal float32, both are multiplied by 2^64 or 2^-64 first, which is exact.
+    """
+    is_regular = (absmax == 0) | ((absmax >= 2.0**-126) & (absmax <= 2.0**126)) | ~absmax.isfinite()
+    power = torch.where(is_regular, 1.0, torch.where(absmax < 1.0, 2.0**64, 2.0**-64)).to(absmax.dtype)
+    return (blocks * power[:, None]) * (1.0 / (absmax * power))[:, None]
 
 
 def nearest_code(scaled: Tensor, quant_type: str) -> Tensor:
-    """uint8 code of each scaled value; NaN takes the code of 0."""
-    bounds = thresholds(quant_type, scaled.device)
+    """uint8 code of each scaled value; a NaN takes the code of 0."""
+    bounds = decision_thresholds(quant_type, scaled.device)
     if quant_type == "nf4":
         code = torch.bucketize(scaled, bounds)
     else:
         order = torch.tensor(_FP4_ORDER, device=scaled.device)
-        code = order[torch.bucketize(scaled.abs().nan_to_num(0.0), bounds)] + 8 * (scaled < 0)
+        code = order[torch.bucketize(scaled.abs().nan_to_num(0.0), bounds[8:])] + 8 * (scaled < 0)
     return torch.where(scaled.isnan(), _ZERO_CODE[quant_type], code).to(torch.uint8)
 
 
@@ -106,7 +117,7 @@ def dequantize_4bit(
 ) -> Tensor:
     """round(code * absmax) with the float32 product rounded once to dtype; absmax is float32 [num_blocks]."""
     num_values = math.prod(shape)
-    values = codes(quant_type, packed.device)[unpack(packed, num_values).long()]
+    values = code_values(quant_type, packed.device)[unpack(packed, num_values).long()]
     scales = absmax.reshape(-1).repeat_interleave(block_size)[:num_values]
     return (values * scales).reshape(tuple(shape)).to(dtype)
 

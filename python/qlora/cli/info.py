@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import platform
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ _PACKAGES = {
 }
 _OPTIONAL = ("bitsandbytes",)
 _LABEL_WIDTH = 18
+_TEXT_WIDTH = 80
 _GIB = 1 << 30
 
 
@@ -75,7 +77,9 @@ def _show_packages(missing: list[str]) -> None:
     _show("qlora", f"{_version('qlora-kernels') or 'source tree'} in {Path(__file__).resolve().parent.parent}")
     _show("python", f"{platform.python_version()} ({sys.executable})")
     found = {package: _version(package) for package in _PACKAGES}
-    _show("packages", ", ".join(f"{package} {version}" for package, version in found.items() if version))
+    versions = ", ".join(f"{package} {version}" for package, version in found.items() if version)
+    for number, line in enumerate(textwrap.wrap(versions, _TEXT_WIDTH)):
+        _show("packages" if number == 0 else "", line)
     for package, version in found.items():
         if version is None and package not in _OPTIONAL:
             requirement = "torch" if package == "torch" else "'qlora-kernels[train]'"

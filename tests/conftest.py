@@ -1,0 +1,23 @@
+"""Devices: device-generic tests take the fixture `device`; tests that only a GPU can run carry the marker `gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+NO_GPU = "needs a CUDA gpu"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """ "cpu", then "cuda"."""
+    return str(request.param)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests marked `gpu` where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))

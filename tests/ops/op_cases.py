@@ -1,0 +1,162 @@
+"""Weights and calls that the operator tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora import ops, reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+QUANT_TYPES = ("nf4", "fp4")
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# [n, k]: rows that end within a block, odd counts, one row, one column, and one that fills blocks exactly.
+SHAPES = ((48, 128), (5, 48), (7, 33), (1, 64), (65, 1), (3, 131))
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    """Normal values, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+
+@dataclass
+class Weight:
+    """A 4-bit weight as ops.py takes it, with its exact float32 values."""
+
+    packed: Tensor
+    absmax: Tensor
+    shape: tuple[int, ...]
+    format: dict[str, Any]
+    dense: Tensor
+    nested: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def args(self) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        return self.packed, self.absmax, self.shape
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return {**self.format, **self.nested}
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of the schemas."""
+        return (
+            *(self.packed, self.absmax, self.nested.get("nested_absmax")),
+            *(self.nested.get("nested_quant_map"), self.nested.get("nested_offset")),
+        )
+
+
+def make_weight(
+    *shape: int,
+    device: str = "cpu",
+    block_size: int = 64,
+    quant_type: str = "nf4",
+    is_nested: bool = False,
+    seed: int = 0,
+) -> Weight:
+    """A random weight, quantised by the reference, with scales that differ between blocks."""
+    values = randn(*shape, seed=seed) * torch.exp(randn(*shape[:-1], 1, seed=seed + 1))
+    packed, absmax = reference.quantize_4bit(values, block_size, quant_type)
+    nested = {}
+    scales = absmax
+    if is_nested:
+        absmax, *rest = reference.quantize_absmax(absmax)
+        nested = dict(zip(("nested_absmax", "nested_quant_map", "nested_offset"), rest, strict=True))
+        scales = reference.dequantize_absmax(absmax, *rest)
+    dense = reference.dequantize_4bit(packed, scales, shape, block_size=block_size, quant_type=quant_type)
+    return Weight(
+        packed.to(device),
+        absmax.to(device),
+        shape,
+        {"block_size": block_size, "quant_type": quant_type},
+        dense.to(device),
+        {name: value.to(device) for name, value in nested.items()},
+    )
+
+
+def linear_tolerance(x: Tensor, weight: Tensor, expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """Largest error of sum_k x w in `dtype` with float32 sums, for float64 x [m, k], weight [n, k], expected [m, n].
+
+    k float32 roundings (products and sums), and where the weight is rounded to a 16-bit dtype half a step of it, all
+    relative to sum |x w|; then one rounding of the result, to a subnormal at worst.
+    """
+    info = torch.finfo(dtype)
+    half_step = info.eps / 2 if dtype is not torch.float32 else 0.0
+    magnitude = x.double().abs() @ weight.double().abs().T
+    relative = x.shape[-1] * torch.finfo(torch.float32).eps + half_step
+    return relative * magnitude + info.eps / 2 * (expected.abs() + relative * magnitude) + info.smallest_normal * info.eps
+
+
+@dataclass
+class Call:
+    """One operator: through its wrapper, as a function of tensors alone, and raw."""
+
+    function: Callable[..., Any]
+    tensors: tuple[Tensor, ...]
+    raw: Any
+    raw_args: tuple[Any, ...]
+
+
+def _with_weight(
+    op: Any, weight: Weight, lead: Tensor, raw: Any, raw_args: tuple[Any, ...], **more: Any
+) -> Call:
+    names = list(weight.nested)
+
+    def function(lead: Tensor, packed: Tensor, absmax: Tensor, *nested: Tensor) -> Any:
+        tensors = dict(zip(names, nested, strict=True))
+        return op(lead, packed, absmax, weight.shape, **weight.format, **tensors, **more)
+
+    tensors = (lead, weight.packed, weight.absmax, *weight.nested.values())
+    return Call(function, tensors, raw, raw_args)
+
+
+def make_call(name: str, device: str, *, is_nested: bool = True, dtype: torch.dtype = torch.float32) -> Call:
+    """A call of operator `name` on small, odd, straddling sizes."""
+    weight = make_weight(37, 70, device=device, block_size=32, is_nested=is_nested)
+    form = (weight.format["block_size"], weight.format["quant_type"])
+    queue = torch.ops.qlora
+    if name == "quantize_4bit":
+        x = randn(5, 77, seed=3, dtype=dtype, device=device)
+        return Call(lambda x: ops.quantize_4bit(x), (x,), queue.quantize_4bit.default, (x, 64, "nf4"))
+    if name == "quantize_absmax":
+        absmax = randn(300, seed=4, device=device).abs()
+        _, _, quant_map, offset = reference.quantize_absmax(absmax)
+        raw_args = (absmax, offset, quant_map)
+        return Call(lambda absmax: ops.quantize_absmax(absmax), (absmax,), queue.quantize_absmax.default, raw_args)
+    if name == "dequantize_absmax":
+        tensors = reference.quantize_absmax(randn(300, seed=4, device=device).abs())
+        return Call(ops.dequantize_absmax, tensors, queue.dequantize_absmax.default, tensors)
+    if name == "dequantize_4bit":
+        names = list(weight.nested)
+
+        def dequantize(packed: Tensor, absmax: Tensor, *nested: Tensor) -> Tensor:
+            tensors = dict(zip(names, nested, strict=True))
+            return ops.dequantize_4bit(packed, absmax, weight.shape, **weight.format, **tensors, dtype=dtype)
+
+        raw_args = (*weight.tensors, weight.shape, *form, dtype)
+        tensors = (weight.packed, weight.absmax, *weight.nested.values())
+        return Call(dequantize, tensors, queue.dequantize_4bit.default, raw_args)
+    if name == "linear_4bit":
+        x = randn(3, 4, 70, seed=5, dtype=dtype, device=device)
+        bias = randn(37, seed=6, dtype=dtype, device=device)
+        raw_args = (x, *weight.tensors, bias, weight.shape, *form)
+        return _with_weight(ops.linear_4bit, weight, x, queue.linear_4bit.default, raw_args, bias=bias)
+    if name == "linear_4bit_grad_input":
+        dy = randn(3, 4, 37, seed=5, dtype=dtype, device=device)
+        raw_args = (dy, *weight.tensors, weight.shape, *form)
+        return _with_weight(ops.linear_4bit_grad_input, weight, dy, queue.linear_4bit_grad_input.default, raw_args)
+    if name == "embedding_4bit":
+        indices = torch.tensor([[0, 36, 5], [5, 1, 2]], device=device)
+        raw_args = (indices, *weight.tensors, weight.shape, *form, dtype)
+        return _with_weight(ops.embedding_4bit, weight, indices, queue.embedding_4bit.default, raw_args, dtype=dtype)
+    raise ValueError(name)
+
+
+def as_tuple(output: Any) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
