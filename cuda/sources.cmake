@@ -13,5 +13,6 @@ target_sources(qlora PRIVATE
   cuda/quantize.cu)
 target_include_directories(qlora PRIVATE . ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 # -lineinfo names source lines in profilers; -compress-all keeps the wheel small.
-target_compile_options(qlora PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo -Xfatbin=-compress-all -t2 -Xcompiler=-Wall>)
+target_compile_options(qlora PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;-Xfatbin=-compress-all;-t2;\
+-Xcompiler=-Wall,-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=>")
 set_target_properties(qlora PROPERTIES CUDA_RUNTIME_LIBRARY Static)
