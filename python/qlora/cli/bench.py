@@ -52,10 +52,8 @@ def environment() -> dict[str, Any]:
 
     import torch
 
-    import qlora
-
-    versions = {"qlora": qlora.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    for package in ("bitsandbytes", "transformers", "peft"):
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    for package in ("qlora-kernels", "bitsandbytes", "transformers", "peft"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
