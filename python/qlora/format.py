@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import struct
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -79,12 +78,10 @@ def _float32(value: float) -> float:
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
-@lru_cache(maxsize=1)
-def nested_quant_map_values() -> tuple[float, ...]:
-    """The 256 values of the 8-bit "dynamic" map, ascending, each exactly a float32.
-
-    Decade e = 0..6 splits [0.1, 1] into 2^e intervals and takes +-(their midpoints) * 10^(e - 6); 0 and 1 complete it.
-    The interval ends are those of a float32 linspace: one fused multiply-add from the nearer end.
+def _nested_quant_map_values() -> tuple[float, ...]:
+    """Decade e = 0..6 splits [0.1, 1] into 2^e intervals and takes +-(their midpoints) * 10^(e - 6); 0 and 1 complete it.
+    The interval ends are those of a float32 linspace: one fused multiply-add from the nearer end. Every step is rounded to
+    float32.
     """
     values = [0.0, 1.0]
     start, end = _float32(0.1), 1.0
@@ -102,6 +99,9 @@ def nested_quant_map_values() -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
+#: The 256 values of the 8-bit "dynamic" map of double-quantised scales, ascending, each exactly a float32.
+NESTED_QUANT_MAP = _nested_quant_map_values()
+
 _map_of_device: dict[torch.device, torch.Tensor] = {}
 
 
@@ -110,12 +110,12 @@ def nested_quant_map(device: torch.device | str) -> torch.Tensor:
     import torch
 
     if torch.compiler.is_compiling():  # a traced graph holds it as a constant; the cache must not see traced tensors
-        return torch.tensor(nested_quant_map_values(), dtype=torch.float32, device=device)
+        return torch.tensor(NESTED_QUANT_MAP, dtype=torch.float32, device=device)
     device = torch.device(device)
     cached = _map_of_device.get(device)
     if cached is None:
         with torch.inference_mode(False):
-            cached = torch.tensor(nested_quant_map_values(), dtype=torch.float32, device=device)
+            cached = torch.tensor(NESTED_QUANT_MAP, dtype=torch.float32, device=device)
         if type(cached) is torch.Tensor:  # not a fake tensor of a tracing mode
             _map_of_device[device] = cached
     return cached

@@ -27,11 +27,11 @@ _CODES = {
         *(-0.1666666716337204, -0.25),
     ],
 }
-# Code c of NF4 serves thresholds[c - 1] < x <= thresholds[c].
+# Code c of NF4 serves thresholds[c - 1] < x <= thresholds[c]. These are the float32 values of the CUDA kernels' decimal
+# literals; four of those lie half-way between two float32, and read as float64 first they would round to the other one.
 _NF4_THRESHOLDS = [
-    *(-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984),
-    *(-0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668),
-    *(0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011),
+    *(-0.84809643, -0.610632896, -0.45999527, -0.33967942, -0.234607399, -0.137911737, -0.0455250181, 0.0397901498),
+    *(0.120255254, 0.203521252, 0.292013764, 0.389312536, 0.501663387, 0.64278692, 0.861478388),
 ]
 # The i-th smallest magnitude of FP4 serves thresholds[i - 1] < |x| <= thresholds[i]; its code is order[i]. Some are
 # rounded decimals, not midpoints: the format's own.
