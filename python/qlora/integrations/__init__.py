@@ -5,23 +5,24 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from types import ModuleType
 
 from ._post_import import when_imported
 
 __all__ = ["enable", "register_hooks", "when_imported"]
 
-# Host module -> our module and the function in it to call once the host is imported.
+# Host module, our module, and the function in it to call with the host once that is imported.
 _HOOKS = (
     ("transformers.quantizers.auto", "transformers", "register"),
     ("transformers.modeling_utils", "transformers", "patch_models"),
-    ("peft.tuners.lora.model", "peft", "register"),
+    ("peft.tuners.lora.model", "peft_dispatch", "install"),
 )
 _registered = False
 
 
-def _call(module: str, function: str) -> Callable[[], None]:
-    def callback() -> None:
-        getattr(importlib.import_module(f"qlora.integrations.{module}"), function)()
+def _call(module: str, function: str) -> Callable[[ModuleType], None]:
+    def callback(host: ModuleType) -> None:
+        getattr(importlib.import_module(f"qlora.integrations.{module}"), function)(host)
 
     return callback
 

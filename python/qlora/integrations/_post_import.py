@@ -10,7 +10,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_callbacks: dict[str, list[Callable[[], None]]] = {}
+_callbacks: dict[str, list[Callable[[ModuleType], None]]] = {}
 _lock = threading.RLock()
 
 
@@ -40,7 +40,7 @@ def _hook(name: str, loader: Loader) -> None:
     def exec_module(module: ModuleType) -> None:
         del loader.exec_module  # type: ignore[method-assign]
         execute(module)
-        _run(name)
+        _run(name, sys.modules.get(name, module))
 
     try:
         loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -48,12 +48,12 @@ def _hook(name: str, loader: Loader) -> None:
         warnings.warn(f"qlora: cannot follow the import of {name}: import qlora after it", stacklevel=2)
 
 
-def _run(name: str) -> None:
+def _run(name: str, module: ModuleType) -> None:
     with _lock:
         callbacks = _callbacks.pop(name, [])
     for callback in callbacks:
         try:
-            callback()
+            callback(module)
         except Exception as error:  # a host's import must not fail because of us
             warnings.warn(
                 f"qlora: its integration with {name} failed and is off: {type(error).__name__}: {error}", stacklevel=2
@@ -63,14 +63,14 @@ def _run(name: str) -> None:
 _finder = _Finder()
 
 
-def when_imported(name: str, callback: Callable[[], None]) -> None:
-    """Calls `callback()` once the module `name` has been imported; at once if it already is.
+def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
+    """Calls `callback(module)` once the module `name` has been imported; at once if it already is.
 
     Where the import is yet to come, a failure of the callback is a warning.
     """
     module = sys.modules.get(name)
     if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
-        callback()
+        callback(module)
         return
     with _lock:
         _callbacks.setdefault(name, []).append(callback)

@@ -15,7 +15,7 @@ from ..config import QuantConfig
 from .embedding import Embedding4bit
 from .linear import Linear4bit
 from .module import Module4bit
-from .report import KEPT_ATTRIBUTE, report
+from .report import KEPT_ATTRIBUTE, Report, format_bytes, report
 
 logger = logging.getLogger("qlora")
 
@@ -30,7 +30,11 @@ after_dequantize: list[Callable[[torch.nn.Module], None]] = []
 
 def is_conv1d(module: torch.nn.Module) -> bool:
     """Whether a module is GPT-2's linear layer, which stores its weight as [in, out]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return is_conv1d_class(type(module))
+
+
+def is_conv1d_class(cls: type | None) -> bool:
+    return cls is not None and cls.__name__ == "Conv1D" and not issubclass(cls, torch.nn.Linear)
 
 
 def is_convertible(module: torch.nn.Module, config: QuantConfig) -> bool:
@@ -161,7 +165,7 @@ def quantize_module(
         return new
     value = weight.detach()
     fresh = new._fresh_weight(value.T if is_conv1d(module) else value)
-    fresh._quantize(target, name=new.describe())
+    fresh.quantize_on(target, name=new.describe(), check=True)
     new.weight = fresh
     if new._parameters.get("bias") is not None:
         new.bias = torch.nn.Parameter(new.bias.detach().to(target), requires_grad=new.bias.requires_grad)
@@ -215,22 +219,23 @@ def quantize_(
     setattr(model, KEPT_ATTRIBUTE, reasons)
     for callback in after_quantize:
         callback(model, config)
-    announce(model)
+    found = report(model)
+    logger.info(found.summary())
+    warn_of_experts(found)
     return model
 
 
-def announce(model: torch.nn.Module) -> None:
-    """Logs what was quantised in one line, and warns of expert weights that were not."""
-    found = report(model)
-    logger.info(found.summary())
-    if found.experts:
-        size = sum(item.num_bytes for item in found.experts)
-        names = ", ".join(item.name for item in found.experts[:2])
-        logger.warning(
-            "qlora: %.2f GB of expert weights stay in 16 bits: they are 3-D parameters, not linear layers "
-            "(%d tensors: %s%s). The model will need about that much more memory than 4-bit experts would.",
-            *(size / 1e9, len(found.experts), names, ", ..." if len(found.experts) > 2 else ""),
-        )
+def warn_of_experts(found: Report) -> None:
+    """Says loudly where the bulk of a mixture-of-experts model is not in 4 bits."""
+    if not found.experts:
+        return
+    size = sum(item.num_bytes for item in found.experts)
+    names = ", ".join(item.name for item in found.experts[:2])
+    logger.warning(
+        "qlora: %s of expert weights are NOT quantised: they are 3-D parameters, not linear layers (%d tensors: %s%s). "
+        "Expect the memory of a 16-bit model for them.",
+        *(format_bytes(size), len(found.experts), names, ", ..." if len(found.experts) > 2 else ""),
+    )
 
 
 @torch.no_grad()
@@ -242,7 +247,7 @@ def dequantize_module(module: Module4bit, dtype: torch.dtype | None = None) -> t
     with torch.device("meta"):
         if isinstance(module, Embedding4bit):
             new = torch.nn.Embedding(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx)
-        elif source is not None and source.__name__ == "Conv1D":
+        elif is_conv1d_class(source):
             new = source(module.out_features, module.in_features)
             value = value.T.contiguous()
         else:

@@ -130,7 +130,7 @@ class Module4bit(torch.nn.Module):
             if tuple(value.shape) != self.weight_shape():
                 raise ValueError(f"expected shape {list(self.weight_shape())}, got {list(value.shape)}")
             new = self._fresh_weight(value)
-            new._quantize(device, name=self.describe())
+            new.quantize_on(device, name=self.describe(), check=True)
         if isinstance(weight, Params4bit) and weight.device.type == new.device.type:
             weight._become(new.data.as_subclass(Tensor), new.quant_state)  # type: ignore[arg-type]
             self.__dict__["_quant_state"] = weight.quant_state

@@ -138,7 +138,13 @@ class Params4bit(torch.nn.Parameter):
         return dequantize_tensor(plain_tensor(self), self.quant_state, dtype)
 
     # -----------------------------------------------------------------------------------------------------------------
-    def _quantize(self, device: torch.device | str | int, name: str = "the weight") -> Params4bit:
+    def quantize_on(
+        self, device: torch.device | str | int, *, name: str = "the weight", check: bool = False
+    ) -> Params4bit:
+        """Quantises the fresh values on `device`, in place; returns self.
+
+        `check` raises NonFiniteWeightError for NaN and Inf, at the price of waiting for the device. `name` is for it.
+        """
         packed, state = quantize_tensor(
             plain_tensor(self).to(device),
             block_size=self.blocksize,
@@ -147,7 +153,7 @@ class Params4bit(torch.nn.Parameter):
             quant_storage=self.quant_storage,
             name=name,
         )
-        if not is_finite(state):
+        if check and not is_finite(state):
             raise NonFiniteWeightError(name)
         self._become(packed, state)
         return self
@@ -169,7 +175,7 @@ class Params4bit(torch.nn.Parameter):
         plain = plain_tensor(self)
         if not self.bnb_quantized:
             if device is not None and device.type != "meta" and plain.device.type != "meta":
-                return self._quantize(device)
+                return self.quantize_on(device, check=True)
             return self._like(plain.to(device=device, dtype=dtype, non_blocking=non_blocking), self.quant_state)
         state = self.quant_state
         if device is None or (_same_device(device, plain.device) and (state is None or state.device == plain.device)):

@@ -29,7 +29,7 @@ class Kept:
     reason: str
 
     def __str__(self) -> str:
-        size = _bytes(self.num_bytes)
+        size = format_bytes(self.num_bytes)
         return f"{self.name} ({self.kind}): {_count(self.num_values)} values, {self.dtype}, {size}: {self.reason}"
 
 
@@ -72,20 +72,20 @@ class Report:
     def summary(self) -> str:
         """One line."""
         if not self.num_layers:
-            return f"qlora: nothing is in 4 bits; {_count(self.num_values_kept)} values, {_bytes(self.num_bytes_kept)}"
+            return f"qlora: nothing is in 4 bits; {_count(self.num_values_kept)} values, {format_bytes(self.num_bytes_kept)}"
         formats = ", ".join(f"{count} x {name}" if len(self.formats) > 1 else name for name, count in self.formats.items())
         total = self.num_bytes + self.num_bytes_kept
         groups: dict[str, int] = defaultdict(int)
         for item in self.kept:
             groups[item.reason] += item.num_bytes
         listed = sum(groups.values())
-        parts = [f"{reason} {_bytes(size)}" for reason, size in sorted(groups.items(), key=lambda pair: -pair[1])]
+        parts = [f"{reason} {format_bytes(size)}" for reason, size in sorted(groups.items(), key=lambda pair: -pair[1])]
         if self.num_bytes_kept > listed:
-            parts.append(f"norms, biases and other small ones {_bytes(self.num_bytes_kept - listed)}")
+            parts.append(f"norms, biases and other small ones {format_bytes(self.num_bytes_kept - listed)}")
         rest = f"; not quantised: {'; '.join(parts)}" if parts else ""
         return (
             f"qlora: {self.num_layers} layers, {_count(self.num_values)} weights in {formats}, "
-            f"{self.bits_per_weight:.2f} bits a weight; model {_bytes(total)}{rest}"
+            f"{self.bits_per_weight:.2f} bits a weight; model {format_bytes(total)}{rest}"
         )
 
     def __str__(self) -> str:
@@ -168,7 +168,7 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _bytes(number: int) -> str:
+def format_bytes(number: int) -> str:
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if number >= size:
             return f"{number / size:.2f} {unit}"
