@@ -4,7 +4,7 @@
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=qlora.QuantConfig())
     model = qlora.add_lora(model, r=16)
 
-Importing this module loads neither torch nor any other package; each attribute loads what it needs when it is first
+Importing this module loads neither torch nor any other package but waits for transformers and peft; each attribute loads what it needs when it is first
 used, and says what to install where that is missing.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import importlib
 from typing import Any
+
+from .integrations import register_hooks
 
 # Attribute -> module that holds it; a submodule stands for itself.
 _SUBMODULES = ("nn", "ops", "reference", "format", "config", "integrations")
@@ -21,8 +23,11 @@ _ATTRIBUTES = {
     "dequantize_": "qlora.nn",
     "report": "qlora.nn",
     "enable": "qlora.integrations",
-    "add_lora": "qlora.integrations.peft",
-    "prepare": "qlora.integrations.peft",
+    "add_lora": "qlora.lora",
+    "merge_and_unload": "qlora.lora",
+    "prepare": "qlora.preparation",
+    "merge": "qlora.merging",
+    "loftq_init": "qlora.loftq",
     "info": "qlora.info",
 }
 # Packages that parts of qlora need and that may be absent, with the requirement to install.
@@ -68,3 +73,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# Attaches the integrations to transformers and peft whenever these are imported; imports neither.
+register_hooks()
