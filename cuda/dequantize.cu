@@ -37,61 +37,43 @@ struct FlatWindow {
   int64_t cols;
   int64_t row_stride;
   int64_t leading_dimension;
-  int64_t end;  // values of the weight: none is read from here on
+  int64_t end;  // flat index behind the last value
 };
 
-// first, cols, row_stride, leading_dimension: multiples of the unit. packed 4-byte, y 16-byte aligned.
-template <typename T, Format F, bool kIsNested>
+// first, cols, row_stride, leading_dimension, end: multiples of the unit. packed 4-byte, y 16-byte aligned.
+// kIsDense: cols, row_stride and leading_dimension are those of one warp, known to the compiler.
+template <typename T, Format F, bool kIsNested, bool kIsDense>
 __global__ __launch_bounds__(kThreads) void dequantize_kernel(const uint8_t* __restrict__ packed, Scales scales,
                                                               FlatWindow window, T* __restrict__ y) {
   constexpr int kUnit = kValuesPer16Bytes<T>;
-  const float lane_value = lane_code_value<F>();
+  constexpr int64_t kColsPerWarp = 32 * kUnit;
+  const int64_t row_stride = kIsDense ? kColsPerWarp : window.row_stride;
+  const int64_t leading_dimension = kIsDense ? kColsPerWarp : window.leading_dimension;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t block_row = static_cast<int64_t>(threadIdx.x / 32) * kRowsPerWarp;
+  const int64_t row = blockIdx.x * kRowsPerBlock + threadIdx.x / 32 * kRowsPerWarp;
+  const int64_t col = kIsDense ? lane * kUnit : blockIdx.y * kColsPerWarp + lane * kUnit;
+  const int64_t first = window.first + row * row_stride + col;
 
-  for (int64_t row_begin = blockIdx.x * kRowsPerBlock + block_row; row_begin < window.rows;
-       row_begin += gridDim.x * kRowsPerBlock) {
-    for (int64_t col = (static_cast<int64_t>(blockIdx.y) * 32 + lane) * kUnit; col - lane * kUnit < window.cols;
-         col += static_cast<int64_t>(gridDim.y) * 32 * kUnit) {
-      uint32_t words[kRowsPerWarp];
-      float unit_scales[kRowsPerWarp];
-      int valid[kRowsPerWarp];  // values of the unit inside the window and the weight
+  const float lane_value = lane_code_value<F>();
+  const ScaleReader<kIsNested> scale_reader(scales);
+  uint32_t words[kRowsPerWarp];
+  float unit_scales[kRowsPerWarp];
+  bool is_inside[kRowsPerWarp];
 #pragma unroll
-      for (int i = 0; i < kRowsPerWarp; ++i) {
-        const int64_t index = window.first + (row_begin + i) * window.row_stride + col;
-        const bool is_inside = row_begin + i < window.rows && col < window.cols && index < window.end;
-        valid[i] = !is_inside ? 0 : window.end - index < kUnit ? static_cast<int>(window.end - index) : kUnit;
-        words[i] = 0;
-        unit_scales[i] = 0.0f;
-        if (valid[i] == 0) continue;
-        unit_scales[i] = load_scale<kIsNested>(scales, index);
-        const uint8_t* const address = packed + index / 2;
-        if (valid[i] == kUnit) {
-          words[i] = kUnit == 8 ? load_4_bytes_once(address) : load_2_bytes_once(address);
-        } else {
-          for (int byte = 0; 2 * byte < valid[i]; ++byte) words[i] |= static_cast<uint32_t>(address[byte]) << 8 * byte;
-        }
-      }
+  for (int i = 0; i < kRowsPerWarp; ++i) {
+    const int64_t index = first + i * row_stride;
+    is_inside[i] = kIsDense ? index < window.end : row + i < window.rows && col < window.cols;
+    const int64_t safe_index = is_inside[i] ? index : window.first;  // No branch: all loads go out together.
+    const uint8_t* const address = packed + (safe_index >> 1);
+    words[i] = kUnit == 8 ? load_4_bytes_once(address) : load_2_bytes_once(address);
+    unit_scales[i] = scale_reader.load(safe_index);
+  }
+  T* const out = y + row * leading_dimension + col;
 #pragma unroll
-      for (int i = 0; i < kRowsPerWarp; ++i) {
-        float values[kUnit];
-        decode<kUnit>(words[i], lane_value, unit_scales[i], values);
-        T* const out = y + (row_begin + i) * window.leading_dimension + col;
-        if (valid[i] == kUnit) {
-          uint4 piece;
-          piece.x = Word<T>::pack(values);
-          piece.y = Word<T>::pack(values + Word<T>::kValues);
-          piece.z = Word<T>::pack(values + 2 * Word<T>::kValues);
-          piece.w = Word<T>::pack(values + 3 * Word<T>::kValues);
-          *reinterpret_cast<uint4*>(out) = piece;
-        } else {
-#pragma unroll
-          for (int j = 0; j < kUnit; ++j) {
-            if (j < valid[i]) out[j] = from_float<T>(values[j]);
-          }
-        }
-      }
-    }
+  for (int i = 0; i < kRowsPerWarp; ++i) {
+    float values[kUnit];
+    decode<kUnit>(words[i], lane_value, unit_scales[i], values);
+    if (is_inside[i]) store_16_bytes(out + i * leading_dimension, values);
   }
 }
 
@@ -110,26 +92,45 @@ __global__ __launch_bounds__(kThreads) void dequantize_plain_kernel(const uint8_
 }
 
 template <typename T, Format F>
-void dequantize_window(const qlora_weight_4bit& weight, FlatWindow window, bool is_dense, T* y, cudaStream_t stream) {
+void dequantize_plainly(const qlora_weight_4bit& weight, const FlatWindow& window, T* y, cudaStream_t stream) {
+  launch("dequantize_plain_kernel", dequantize_plain_kernel<T, F>, grid_size(window.rows * window.cols, kThreads),
+         kThreads, stream, weight.packed, scales_of(weight), window, y);
+}
+
+template <typename T, Format F, bool kIsDense>
+void dequantize_units(const qlora_weight_4bit& weight, const FlatWindow& window, T* y, cudaStream_t stream) {
+  const dim3 grid(grid_size(window.rows, kRowsPerBlock), grid_size(window.cols, 32 * kValuesPer16Bytes<T>));
+  dispatch_bool(is_nested(weight), [&](auto nested_tag) {
+    launch("dequantize_kernel", dequantize_kernel<T, F, decltype(nested_tag)::value, kIsDense>, grid, kThreads, stream,
+           weight.packed, scales_of(weight), window, y);
+  });
+}
+
+// is_dense: the window is contiguous in the weight and in y.
+template <typename T, Format F>
+void dequantize_window(const qlora_weight_4bit& weight, const FlatWindow& window, bool is_dense, T* y,
+                       cudaStream_t stream) {
   constexpr int64_t kUnit = kValuesPer16Bytes<T>;
   constexpr int64_t kColsPerWarp = 32 * kUnit;
-  const Scales scales = scales_of(weight);
   const bool has_alignment = window.first % kUnit == 0 && is_aligned(weight.packed, 4) && is_aligned(y, 16);
-  if (is_dense && has_alignment) {
-    window.end = window.first + window.rows * window.cols;
-    window.rows = ceil_div(window.rows * window.cols, kColsPerWarp);
-    window.cols = window.row_stride = window.leading_dimension = kColsPerWarp;
-  } else if (!has_alignment || window.cols % kUnit != 0 || window.row_stride % kUnit != 0 ||
-             window.leading_dimension % kUnit != 0) {
-    launch("dequantize_plain_kernel", dequantize_plain_kernel<T, F>, grid_size(window.rows * window.cols, kThreads),
-           kThreads, stream, weight.packed, scales, window, y);
-    return;
+  if (has_alignment && is_dense) {
+    const int64_t n = window.rows * window.cols;
+    const int64_t rest = n % kUnit;
+    if (n > rest) {
+      dequantize_units<T, F, true>(
+          weight,
+          {window.first, ceil_div(n - rest, kColsPerWarp), kColsPerWarp, kColsPerWarp, kColsPerWarp, window.end - rest},
+          y, stream);
+    }
+    if (rest > 0) {
+      dequantize_plainly<T, F>(weight, {window.end - rest, 1, rest, rest, rest, window.end}, y + n - rest, stream);
+    }
+  } else if (has_alignment && window.cols % kUnit == 0 && window.row_stride % kUnit == 0 &&
+             window.leading_dimension % kUnit == 0 && window.cols <= kMaxGridY * kColsPerWarp) {
+    dequantize_units<T, F, false>(weight, window, y, stream);
+  } else {
+    dequantize_plainly<T, F>(weight, window, y, stream);
   }
-  const dim3 grid(grid_size(window.rows, kRowsPerBlock), grid_size(window.cols, kColsPerWarp, kMaxGridY));
-  dispatch_bool(is_nested(weight), [&](auto nested_tag) {
-    launch("dequantize_kernel", dequantize_kernel<T, F, decltype(nested_tag)::value>, grid, kThreads, stream,
-           weight.packed, scales, window, y);
-  });
 }
 
 }  // namespace

@@ -44,13 +44,7 @@ __global__ __launch_bounds__(kThreads) void embedding_kernel(const int64_t* __re
       }
       float values[kUnit];
       decode<kUnit>(word, lane_value, scale, values);
-      if (col >= cols) continue;
-      uint4 piece;
-      piece.x = Word<T>::pack(values);
-      piece.y = Word<T>::pack(values + Word<T>::kValues);
-      piece.z = Word<T>::pack(values + 2 * Word<T>::kValues);
-      piece.w = Word<T>::pack(values + 3 * Word<T>::kValues);
-      *reinterpret_cast<uint4*>(y + i * cols + col) = piece;
+      if (col < cols) store_16_bytes(y + i * cols + col, values);
     }
   }
 }

@@ -61,12 +61,7 @@ __global__ __launch_bounds__(kThreads) void quantize_kernel(const T* __restrict_
     const auto unpack = [&](int unit, float (&values)[kUnit]) {
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
-        const uint4& p = pieces[unit][piece];
-        float* const out = values + piece * kValuesPer16Bytes<T>;
-        Word<T>::unpack(p.x, out);
-        Word<T>::unpack(p.y, out + Word<T>::kValues);
-        Word<T>::unpack(p.z, out + 2 * Word<T>::kValues);
-        Word<T>::unpack(p.w, out + 3 * Word<T>::kValues);
+        unpack_16_bytes<T>(pieces[unit][piece], values + piece * kValuesPer16Bytes<T>);
       }
     };
 

@@ -89,4 +89,24 @@ __device__ __forceinline__ uint32_t load_2_bytes_once(const void* address) {
   return v;
 }
 
+// Rounds 16 bytes of values and stores them at an aligned address; in assembly, since the compiler splits some of
+// these.
+template <typename T>
+__device__ __forceinline__ void store_16_bytes(T* address, const float (&values)[kValuesPer16Bytes<T>]) {
+  constexpr int kStep = Word<T>::kValues;
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(Word<T>::pack(values)),
+               "r"(Word<T>::pack(values + kStep)), "r"(Word<T>::pack(values + 2 * kStep)),
+               "r"(Word<T>::pack(values + 3 * kStep))
+               : "memory");
+}
+
+// 16 bytes to their values.
+template <typename T>
+__device__ __forceinline__ void unpack_16_bytes(const uint4& v, float* values) {
+  Word<T>::unpack(v.x, values);
+  Word<T>::unpack(v.y, values + Word<T>::kValues);
+  Word<T>::unpack(v.z, values + 2 * Word<T>::kValues);
+  Word<T>::unpack(v.w, values + 3 * Word<T>::kValues);
+}
+
 }  // namespace qlora
