@@ -1,0 +1,278 @@
+"""LoRA over 4-bit layers: PEFT's own LoRA layers with the few methods replaced that read or write the weight.
+
+Adapters' dtype. An adapter is created in float32 and stays so (PEFT casts to the base layer's dtype only where that
+is a float; our weights are bytes). Whatever it is kept in, its products run in the dtype of the base layer's output,
+under autocast in autocast's: the matrices are cast on use, the activations never. So a bfloat16 model with float32
+adapters computes in bfloat16 and steps in float32, with two small casts per layer and pass, and an adapter in
+bfloat16 (TRL's choice where a model says `is_loaded_in_4bit`) needs no cast at all.
+
+Merging. `merge` quantises W + sum of all merged updates once, from the weight as it was before the first merge, and
+keeps that weight: packed bytes and scales, 4.1 bits a value, on `kept_device`. `unmerge` puts it back bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Embedding, Linear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..nn.convert import dequantize_module, is_conv1d
+from ..nn.embedding import Embedding4bit
+from ..nn.linear import Linear4bit
+from .peft_dora import Dora4bitVariant
+from .peft_init import DenseInits
+from .peft_weight import KeptWeight, set_dense_weight
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import LoraVariant
+
+__all__ = ["LoraEmbedding4bit", "LoraLinear4bit", "lora_class_of", "unloading_dense"]
+
+#: Variants that leave the base weight alone or come here for it. Others write to `weight.data` as if it were values.
+_VARIANTS = ("DoraLinearVariant", "ALoraLinearVariant", "ArrowLinearVariant", "MontecloraLinearVariant", "MiCALinearVariant")
+
+_dense_dtype: contextvars.ContextVar[torch.dtype | None] = contextvars.ContextVar("qlora_dense_dtype", default=None)
+
+
+@contextmanager
+def unloading_dense(dtype: torch.dtype) -> Iterator[None]:
+    """While active, `merge_and_unload` returns ordinary layers of `dtype` in place of re-quantised ones."""
+    token = _dense_dtype.set(dtype)
+    try:
+        yield
+    finally:
+        _dense_dtype.reset(token)
+
+
+def lora_class_of(base: nn.Module) -> type | None:
+    """The LoRA layer for a base layer, or None if it is not one of ours."""
+    if isinstance(base, Linear4bit):
+        return LoraLinear4bit
+    if isinstance(base, Embedding4bit):
+        return LoraEmbedding4bit
+    return None
+
+
+def add_low_rank(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
+    """result + scaling * (x A^T) B^T, written into `result`: [rows, n] of x's dtype; x [rows, k], a [r, k], b [n, r].
+
+    The one place where the update is computed, hence where a fused kernel goes.
+    """
+    low = F.linear(x, a)
+    if isinstance(scaling, Tensor):  # after peft's prepare_model_for_compiled_hotswap
+        low, scaling = low * scaling.to(low.dtype), 1.0
+    return result.addmm_(low, b.t(), alpha=scaling)
+
+
+class _ExactMerge:
+    """Merge and unmerge over a 4-bit weight, for the LoRA layers below."""
+
+    #: Where the weight from before a merge is kept: "cpu" frees no accelerator memory for it and costs a copy of 4 bits
+    #: a value each way; None keeps it on the weight's own device.
+    kept_device: torch.device | str | None = "cpu"
+    # A dataclass hides the parameter inside from nn.Module, which would register it.
+    _kept: KeptWeight | None = None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merges the active or the named adapters into the 4-bit weight.
+
+        Values are checked whatever `safe_merge` says: one NaN would spoil its block's scale and with double
+        quantisation the whole layer. Nothing is changed unless everything is.
+
+        Raises:
+            ValueError: the merged weight or bias is not finite.
+            RuntimeError: an adapter has a bias and the base layer has none.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self._holds(name)]
+        if not names:
+            return
+        base = self.get_base_layer()
+        # On the weight's device: a move to kept_device comes after the merge succeeded.
+        kept = self._kept or KeptWeight.of(base)
+        merged = [*self.merged_adapters, *names]
+        weight, bias = self._merged(kept, merged)
+        set_dense_weight(base, weight)
+        if bias is not None:
+            base.bias.data.copy_(bias)
+        self._kept = kept.on(self.kept_device)
+        self.merged_adapters = merged
+
+    def unmerge(self) -> None:
+        """Puts back the weight and bias from before the first merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._kept.put_back(self.get_base_layer())
+        self._kept = None
+        self.merged_adapters = []
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer for `unload` and `merge_and_unload`; an ordinary one within `unloading_dense`."""
+        base = self.get_base_layer()
+        dtype = _dense_dtype.get() if merge else None
+        if dtype is None:
+            if merge:
+                self.merge(safe_merge, adapter_names)
+            return base
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self._holds(name)]
+        weight, bias = self._merged(self._kept or KeptWeight.of(base), [*self.merged_adapters, *names])
+        layer = dequantize_module(base, dtype)
+        values = weight.t().contiguous() if is_conv1d(layer) else weight
+        layer.weight = nn.Parameter(values.to(dtype), requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        return layer
+
+    @torch.no_grad()
+    def _merged(self, kept: KeptWeight, names: list[str]) -> tuple[Tensor, Tensor | None]:
+        """float32 weight with the updates of all `names` added to the kept one, and the bias likewise if it changes."""
+        base = self.get_base_layer()
+        original = kept.dense(base.weight.device)
+        weight, bias = original.clone(), None
+        for name in names:
+            weight += self._update(name, original)
+            if self.lora_bias.get(name):
+                if kept.bias is None:
+                    raise RuntimeError(
+                        f"qlora: cannot merge adapter {name!r}: it has a bias (lora_bias=True), the base layer has none"
+                    )
+                bias = kept.bias.float() if bias is None else bias
+                bias = bias + self.scaling[name] * self.lora_B[name].bias.float()
+            if not torch.isfinite(weight).all() or (bias is not None and not torch.isfinite(bias).all()):
+                raise ValueError(f"qlora: cannot merge adapter {name!r}: expected finite values, got NaN or Inf")
+        return weight, bias
+
+    def _update(self, name: str, original: Tensor) -> Tensor:
+        """What the adapter adds to the float32 weight `original`, as forward adds it."""
+        variant = self.lora_variant.get(name)
+        if variant is not None:
+            return variant.merge_safe(self, name, original.clone()) - original
+        return self._low_rank_product(name) * self.scaling[name]
+
+
+class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
+    """peft.tuners.lora.Linear over a Linear4bit."""
+
+    def resolve_lora_variant(self, **kwargs: Any) -> LoraVariant | None:
+        variant = super().resolve_lora_variant(**kwargs)
+        if variant is None:
+            return None
+        name = type(variant).__name__
+        if name == "DoraLinearVariant":
+            return Dora4bitVariant()
+        if name not in _VARIANTS:
+            raise ValueError(f"qlora: {name} changes or reads the values of the weight: expected a 16-bit layer, got 4-bit")
+        return variant
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """scaling B A: [out, in] in the adapter's dtype, the product in float32."""
+        product = self._low_rank_product(adapter) * self.scaling[adapter]
+        return product.to(self.lora_B[adapter].weight.dtype)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        for_variants = {key: kwargs.pop(key, None) for key in VARIANT_KWARG_KEYS}
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **for_variants, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if not args and not kwargs and self._is_plain(names):
+            rows = x.reshape(-1, x.shape[-1])
+            result = self.base_layer(rows)
+            for name in names:
+                result = self._add_update(result, rows, name)
+            return result.view(*x.shape[:-1], result.shape[-1])
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for name in names:
+            result = self._add_by_modules(result, x, name, for_variants | kwargs)
+        return result.to(dtype)
+
+    def _is_plain(self, names: list[str]) -> bool:
+        """Whether nobody watches or wraps the parts that the fast path does not call as modules."""
+        if _has_hooks(self.base_layer):
+            return False
+        for name in names:
+            for part in (self.lora_A[name], self.lora_B[name]):
+                if type(part) is not nn.Linear or _has_hooks(part):
+                    return False
+            if name in self.lora_variant:
+                return False
+        return True
+
+    def _add_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
+        """result + the adapter's update, in place where the dtypes allow: [rows, n] and [rows, k]."""
+        a, b = self.lora_A[name].weight, self.lora_B[name]
+        dtype = _product_dtype(result)
+        x = self.lora_dropout[name](x).to(dtype)
+        scaling = self.scaling[name]
+        if dtype == result.dtype:
+            result = add_low_rank(result, x, a.to(dtype), b.weight.to(dtype), scaling)
+        else:
+            result = result + (F.linear(F.linear(x, a.to(dtype)), b.weight.to(dtype)) * scaling).to(result.dtype)
+        if b.bias is not None:
+            result = result + (b.bias * scaling).to(result.dtype)
+        return result
+
+    def _add_by_modules(self, result: Tensor, x: Tensor, name: str, kwargs: dict[str, Any]) -> Tensor:
+        """The same by calling the adapter's modules, or by its variant."""
+        variant = self.lora_variant.get(name)
+        if isinstance(variant, Dora4bitVariant):
+            return variant.forward(self, active_adapter=name, x=x, result=result, **kwargs)
+        x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+        if variant is not None:
+            return variant.forward(self, active_adapter=name, x=x, result=result, **kwargs)
+        update = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+        return result + update.to(result.dtype)
+
+    def _holds(self, name: str) -> bool:
+        return name in self.lora_A
+
+    def _low_rank_product(self, name: str) -> Tensor:
+        """B A: float32 [out, in]."""
+        return self.lora_B[name].weight.float() @ self.lora_A[name].weight.float()
+
+
+class LoraEmbedding4bit(_ExactMerge, Embedding):
+    """peft.tuners.lora.Embedding over an Embedding4bit. Plain LoRA only."""
+
+    def resolve_lora_variant(self, **kwargs: Any) -> LoraVariant | None:
+        variant = super().resolve_lora_variant(**kwargs)
+        if variant is not None:
+            name = type(variant).__name__
+            raise ValueError(f"qlora: {name}: expected a 16-bit embedding, got a 4-bit one; use plain LoRA on it")
+        return None
+
+    def _holds(self, name: str) -> bool:
+        return name in self.lora_embedding_A
+
+    def _low_rank_product(self, name: str) -> Tensor:
+        """(B A)^T: float32 [num_embeddings, embedding_dim]."""
+        return (self.lora_embedding_B[name].float() @ self.lora_embedding_A[name].float()).t()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _product_dtype(result: Tensor) -> torch.dtype:
+    kind = result.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else result.dtype

@@ -1,0 +1,64 @@
+"""Makes PEFT put our LoRA layer over our 4-bit layers, whoever creates the adapter.
+
+All of PEFT's ways to an adapter (get_peft_model, PeftModel.from_pretrained, load_adapter, add_adapter, transformers'
+add_adapter, inject_adapter_in_model, X-LoRA) meet in `LoraModel._create_new_module`, which asks one dispatcher after
+the other for a layer. `install` goes before them. The documented alternative, `LoraConfig._register_custom_module`, is
+not saved with the adapter and would have to be repeated by the user on every load. A mapping that the user registered
+there still comes first.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from types import ModuleType
+from typing import Any
+
+
+def install(lora_model: ModuleType) -> None:
+    """Wraps `LoraModel._create_new_module` of peft.tuners.lora.model, once; called when that has been imported.
+
+    Nothing of peft is imported here, which is in the middle of its own import then.
+    """
+    owner = lora_model.LoraModel
+    original = owner._create_new_module
+    if hasattr(original, "__qlora__"):
+        return
+
+    @functools.wraps(original)
+    def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
+        layer = _our_layer(lora_config, target)
+        if layer is None:
+            return original(lora_config, adapter_name, target, **kwargs)
+        return _create(layer, lora_config, adapter_name, target, kwargs)
+
+    create_new_module.__qlora__ = True  # type: ignore[attr-defined]
+    owner._create_new_module = staticmethod(create_new_module)
+
+
+def _our_layer(lora_config: Any, target: Any) -> type | None:
+    """The LoRA class for the target, or None where PEFT's own dispatch decides."""
+    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    # By name first: PEFT asks about every target, and most models are not ours.
+    if not any(c.__name__ in ("Linear4bit", "Embedding4bit") for c in type(base).__mro__):
+        return None
+    if any(isinstance(base, key) for key in lora_config._custom_modules or ()):
+        return None
+    from .peft import lora_class_of
+
+    return lora_class_of(base)
+
+
+def _create(layer: Any, lora_config: Any, adapter_name: str, target: Any, kwargs: dict[str, Any]) -> Any:
+    # peft 0.19 moved the settings from arguments to `config`; the other branch goes with peft 0.18.
+    from peft.tuners.lora.layer import Linear
+
+    takes_config = "config" in inspect.signature(Linear.__init__).parameters
+    if lora_config.fan_in_fan_out:
+        # A 4-bit layer made from a Conv1D holds its weight as [out, in], like any linear layer.
+        warnings.warn("fan_in_fan_out is True but the layer is a 4-bit linear layer: set to False", stacklevel=3)
+        lora_config.fan_in_fan_out = False
+    if takes_config:
+        return layer(target, adapter_name, config=lora_config, **kwargs)
+    return layer(target, adapter_name, **{**kwargs, "fan_in_fan_out": False})

@@ -1,0 +1,102 @@
+"""`qlora.prepare`: a transformers model made ready for training adapters, with nothing cast to float32."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .lazy_logits import LazyHead
+from .loss import causal_lm_loss
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prepare(
+    model: Model,
+    gradient_checkpointing: bool = True,
+    *,
+    use_reentrant: bool = False,
+    low_memory_loss: bool = True,
+) -> Model:
+    """Readies a model for training adapters on it; before or after they are added.
+
+    - Every parameter that is not an adapter's is frozen. No dtype changes: norms, embeddings and the head stay in
+      16 bit, and with them the residual stream (peft's prepare_model_for_kbit_training makes all of it float32).
+    - Gradient checkpointing, non-reentrant. The embeddings' output is made to require a gradient only for the
+      reentrant kind, which needs it; here it would only add a backward pass through the first layer's inputs.
+    - `config.use_cache` is off for forward passes (checkpointing cannot fill a cache); `generate` still uses one.
+    - The loss works in chunks: `model(input_ids=..., labels=...).loss` has transformers' value, but neither float32
+      logits nor, while training with a frozen head, the logits themselves exist as a whole (`qlora.loss`,
+      `qlora.lazy_logits`). `outputs.logits` still are there for whoever reads them, computed on first use.
+
+    Args:
+        model: a transformers model, quantised or not, or a PeftModel around one.
+        gradient_checkpointing: recompute the layers' activations in backward: a third more time, far less memory.
+        use_reentrant: the older kind of checkpointing (DeepSpeed ZeRO-3 with PEFT needs it).
+        low_memory_loss: the last point above; models whose loss is not the plain next-token one keep theirs.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: gradient_checkpointing is asked of a model that has none.
+    """
+    base = _base_model(model)
+    if base is model and not _has_adapters(model):
+        model.requires_grad_(False)
+    _set_use_cache(base, not gradient_checkpointing)
+    if gradient_checkpointing:
+        _enable_checkpointing(base, use_reentrant)
+    if low_memory_loss:
+        _use_low_memory_loss(base)
+    return model
+
+
+def _base_model(model: nn.Module) -> Any:
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    """Whether adapters were injected, so that requires_grad is theirs already."""
+    return hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+
+
+def _set_use_cache(base: Any, use_cache: bool) -> None:
+    config = getattr(base, "config", None)
+    if config is None or use_cache:
+        return
+    for part in {id(c): c for c in (config, getattr(config, "get_text_config", lambda: config)())}.values():
+        if hasattr(part, "use_cache"):
+            part.use_cache = False
+
+
+def _enable_checkpointing(base: Any, use_reentrant: bool) -> None:
+    kwargs = {"use_reentrant": use_reentrant}
+    if not getattr(base, "supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"qlora.prepare: gradient_checkpointing: expected a transformers model that supports it, got "
+            f"{type(base).__name__}; pass gradient_checkpointing=False"
+        )
+    # transformers 5.23 renamed it; the old name goes with transformers 6.
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    if use_reentrant:
+        base.enable_input_require_grads()
+
+
+def _use_low_memory_loss(base: Any) -> None:
+    try:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+    except ImportError:
+        return
+    if getattr(base, "loss_function", None) is not ForCausalLMLoss:
+        return
+    base.loss_function = causal_lm_loss
+    head = base.get_output_embeddings()
+    # The class is swapped, not the module: hooks, tied weights and the names in the state dict stay.
+    if type(head) is nn.Linear:
+        head.__class__ = LazyHead
