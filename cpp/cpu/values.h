@@ -47,7 +47,7 @@ inline void store_as(void* y, int64_t i, Floats values) {
 // The first `count` < kWidth values, the rest zero; nothing is read or written past them.
 template <qlora_dtype kType>
 inline Floats load_partial_as(const void* x, int64_t i, int64_t count) {
-  float lanes[kWidth] = {};
+  alignas(sizeof(float) * kWidth) unsigned char lanes[sizeof(float) * kWidth] = {};  // bytes: they alias every type
   __builtin_memcpy(lanes, at<kType>(x, i), static_cast<size_t>(count * kBytes<kType>));
   return load_as<kType>(lanes, 0);
 }
