@@ -44,59 +44,58 @@ __global__ __launch_bounds__(kThreads) void quantize_kernel(const T* __restrict_
 
   __shared__ EncodeTable table;
   load_encode_table<F>(table);
-  __syncthreads();
 
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
-  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; tile < num_tiles; tile += stride) {
-    const int64_t first = tile * (kUnits * kUnitsAcross) + lane * kUnit;
-    uint4 pieces[kUnits][kPieces];
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const int64_t safe_tile = tile < num_tiles ? tile : num_tiles - 1;  // The last block's spare warps load in vain.
+  const int64_t first = safe_tile * (kUnits * kUnitsAcross) + lane * kUnit;
+  uint4 pieces[kUnits][kPieces];
 #pragma unroll
-    for (int unit = 0; unit < kUnits; ++unit) {
+  for (int unit = 0; unit < kUnits; ++unit) {
 #pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        pieces[unit][piece] = load_16_bytes_once(x + first + unit * kUnitsAcross + piece * kValuesPer16Bytes<T>);
-      }
+    for (int piece = 0; piece < kPieces; ++piece) {
+      pieces[unit][piece] = load_16_bytes_once(x + first + unit * kUnitsAcross + piece * kValuesPer16Bytes<T>);
     }
-    const auto unpack = [&](int unit, float (&values)[kUnit]) {
+  }
+  const auto unpack = [&](int unit, float (&values)[kUnit]) {
 #pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        unpack_16_bytes<T>(pieces[unit][piece], values + piece * kValuesPer16Bytes<T>);
-      }
-    };
+    for (int piece = 0; piece < kPieces; ++piece) {
+      unpack_16_bytes<T>(pieces[unit][piece], values + piece * kValuesPer16Bytes<T>);
+    }
+  };
+
+  uint32_t largest[kUnits / kUnitsPerBlock] = {};
+#pragma unroll
+  for (int unit = 0; unit < kUnits; ++unit) {
+    uint32_t& block_largest = largest[unit / kUnitsPerBlock];
+    float values[kUnit];
+    unpack(unit, values);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) block_largest = max(block_largest, magnitude_bits(values[i]));
+  }
+#pragma unroll
+  for (int distance = kLanesPerBlock / 2; distance > 0; distance /= 2) {
+    for (uint32_t& bits : largest) bits = max(bits, __shfl_xor_sync(0xFFFFFFFFu, bits, distance));
+  }
+  __syncthreads();
+  if (tile >= num_tiles) return;
 
 #pragma unroll
-    for (int begin = 0; begin < kUnits; begin += kUnitsPerBlock) {
-      uint32_t largest = 0;
-#pragma unroll
-      for (int unit = begin; unit < begin + kUnitsPerBlock; ++unit) {
-        float values[kUnit];
-        unpack(unit, values);
-#pragma unroll
-        for (int i = 0; i < kUnit; ++i) largest = max(largest, magnitude_bits(values[i]));
-      }
-#pragma unroll
-      for (int distance = kLanesPerBlock / 2; distance > 0; distance /= 2) {
-        largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
-      }
-      const bool is_regular = has_reciprocal(largest);
-      const float inverse = is_regular ? reciprocal_approx_ftz(__uint_as_float(largest)) : 1.0f;
-
-#pragma unroll
-      for (int unit = begin; unit < begin + kUnitsPerBlock; ++unit) {
-        float q[kUnit];
-        unpack(unit, q);
-        if (!is_regular) {
-          for (float& value : q) value = normalise_irregular(value, largest);
-        }
-#pragma unroll
-        for (int i = 0; i < kUnit; ++i) q[i] = multiply_ftz(q[i], inverse);
-        const int64_t index = first + unit * kUnitsAcross;
-        *reinterpret_cast<uint32_t*>(packed + index / 2) = encode_8<F>(q, table);
-      }
-      if (lane % kLanesPerBlock == 0) {
-        absmax[(first + begin * kUnitsAcross) / kBlockSize] = absmax_of_bits(largest);
-      }
+  for (int unit = 0; unit < kUnits; ++unit) {
+    const uint32_t absmax_bits = largest[unit / kUnitsPerBlock];
+    const bool is_regular = has_reciprocal(absmax_bits);
+    const float inverse = is_regular ? reciprocal_approx_ftz(__uint_as_float(absmax_bits)) : 1.0f;
+    const int64_t index = first + unit * kUnitsAcross;
+    float q[kUnit];
+    unpack(unit, q);
+    if (!is_regular) {
+      const IrregularScaling scaling(absmax_bits);
+      for (float& value : q) value = scaling.normalise(value);
+    }
+    for (float& value : q) value = multiply_ftz(value, inverse);
+    *reinterpret_cast<uint32_t*>(packed + index / 2) = encode_8<F>(q, table);
+    if (unit % kUnitsPerBlock == 0 && lane % kLanesPerBlock == 0) {
+      absmax[index / kBlockSize] = absmax_of_bits(absmax_bits);
     }
   }
 }
@@ -126,8 +125,9 @@ __global__ __launch_bounds__(kThreads) void quantize_plain_kernel(const T* __res
       largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
     }
     for (int64_t i = begin + 2 * lane; i < end; i += 64) {
-      const uint32_t even = encode<F>(normalise(to_float(x[i]), largest), table);
-      const uint32_t odd = i + 1 < end ? encode<F>(normalise(to_float(x[i + 1]), largest), table) : kZeroCode<F>;
+      const uint32_t even = append_code<F>(0, normalise(to_float(x[i]), largest), table);
+      const uint32_t odd =
+          i + 1 < end ? append_code<F>(0, normalise(to_float(x[i + 1]), largest), table) : kZeroCode<F>;
       packed[i / 2] = pack_codes(static_cast<uint8_t>(even), static_cast<uint8_t>(odd));
     }
     if (lane == 0) absmax[block] = absmax_of_bits(largest);

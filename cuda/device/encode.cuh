@@ -82,24 +82,28 @@ constexpr EncodeTable make_encode_table() {
 template <Format F>
 static __device__ const EncodeTable kEncodeTable = make_encode_table<F>();
 
-// All threads of the block copy the table to shared memory; synchronise before its use.
+// The block's first warp copies the table to shared memory; synchronise before its use.
 template <Format F>
 __device__ __forceinline__ void load_encode_table(EncodeTable& table) {
-  for (int i = static_cast<int>(threadIdx.x); i < kNumBins; i += static_cast<int>(blockDim.x)) {
-    table.threshold[i] = kEncodeTable<F>.threshold[i];
-    table.codes[i] = kEncodeTable<F>.codes[i];
-  }
+  if (threadIdx.x >= kNumBins) return;
+  table.threshold[threadIdx.x] = kEncodeTable<F>.threshold[threadIdx.x];
+  table.codes[threadIdx.x] = kEncodeTable<F>.codes[threadIdx.x];
 }
 
+// Appends the code of q to `word` as its low nibble.
 template <Format F>
-__device__ __forceinline__ uint32_t encode(float q, const EncodeTable& table) {
+__device__ __forceinline__ uint32_t append_code(uint32_t word, float q, const EncodeTable& table) {
   const float position = F == Format::kNF4 ? q : fabsf(q);
   const uint32_t offset = __float_as_uint(fmaf(position, kSlope<F>, kOrigin<F> + kShifter)) & kBinOffsetMask;
   const char* const base = reinterpret_cast<const char*>(&table) + offset;
   const float threshold = *reinterpret_cast<const float*>(base);
   const uint32_t codes = *reinterpret_cast<const uint32_t*>(base + sizeof(table.threshold));
-  if constexpr (F == Format::kNF4) return codes + (position > threshold ? 1 : 0);
-  return (position > threshold ? codes >> 8 : codes & 0xFF) | (q < 0.0f ? 8 : 0);
+  if constexpr (F == Format::kNF4) {
+    word = (word << 4) + codes;
+    if (position > threshold) ++word;
+    return word;
+  }
+  return word << 4 | (position > threshold ? codes >> 8 : codes & 0xFF) | (q < 0.0f ? 8 : 0);
 }
 
 // Codes of 8 consecutive values as 4 bytes of memory: byte i holds value 2i in its high nibble, 2i + 1 in its low one.
@@ -108,8 +112,8 @@ __device__ __forceinline__ uint32_t encode_8(const float (&q)[8], const EncodeTa
   uint32_t word = 0;
 #pragma unroll
   for (int byte = 3; byte >= 0; --byte) {
-    word = word << 4 | encode<F>(q[2 * byte], table);
-    word = word << 4 | encode<F>(q[2 * byte + 1], table);
+    word = append_code<F>(word, q[2 * byte], table);
+    word = append_code<F>(word, q[2 * byte + 1], table);
   }
   return word;
 }

@@ -45,16 +45,30 @@ __device__ __forceinline__ bool has_reciprocal(uint32_t absmax_bits) {
 }
 
 // q for the remaining absmax, by the table above.
-__device__ __forceinline__ float normalise_irregular(float x, uint32_t absmax_bits) {
-  if (absmax_bits == 0 || absmax_bits > kInfBits) return 0.0f;
-  if (absmax_bits == kInfBits) return magnitude_bits(x) == kInfBits ? copysignf(1.0f, x) : 0.0f;
-  const float power = absmax_bits < 0x00800000u ? 0x1p64f : 0x1p-64f;
-  return multiply_ftz(x * power, reciprocal_approx_ftz(__uint_as_float(absmax_bits) * power));
-}
+class IrregularScaling {
+ public:
+  __device__ __forceinline__ explicit IrregularScaling(uint32_t absmax_bits) {
+    const float absmax = __uint_as_float(absmax_bits);
+    const bool is_scalable = absmax_bits != 0 && absmax_bits < kInfBits;
+    power_ = !is_scalable ? 0.0f : absmax_bits < 0x00800000u ? 0x1p64f : 0x1p-64f;
+    reciprocal_ = is_scalable ? reciprocal_approx_ftz(absmax * power_) : 0.0f;
+    infinite_ = absmax_bits == kInfBits ? 1.0f : 0.0f;
+  }
+  // Where nothing is scalable the product is 0 for finite x and NaN for the rest.
+  __device__ __forceinline__ float normalise(float x) const {
+    const float q = multiply_ftz(x * power_, reciprocal_);
+    return q == q ? q : copysignf(infinite_, x);
+  }
+
+ private:
+  float power_;
+  float reciprocal_;
+  float infinite_;  // |q| of +-Inf
+};
 
 __device__ __forceinline__ float normalise(float x, uint32_t absmax_bits) {
   return has_reciprocal(absmax_bits) ? multiply_ftz(x, reciprocal_approx_ftz(__uint_as_float(absmax_bits)))
-                                     : normalise_irregular(x, absmax_bits);
+                                     : IrregularScaling(absmax_bits).normalise(x);
 }
 
 }  // namespace qlora

@@ -66,26 +66,25 @@ struct Word<__nv_bfloat16> {
   }
 };
 
-// 16 bytes that are read once: past L1, which holds tables and scales.
+// Memory that is read once: past L1, which holds tables and scales. Volatile, so that the loads go out where they are
+// written, ahead of barriers and tables.
 __device__ __forceinline__ uint4 load_16_bytes_once(const void* address) {
   uint4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(address));
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
   return v;
 }
 
-// 4 bytes that are read once.
 __device__ __forceinline__ uint32_t load_4_bytes_once(const void* address) {
   uint32_t v;
-  asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(address));
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(address));
   return v;
 }
 
-// 2 bytes that are read once.
 __device__ __forceinline__ uint32_t load_2_bytes_once(const void* address) {
   uint16_t v;
-  asm("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(address));
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(address));
   return v;
 }
 
