@@ -119,7 +119,7 @@ def test_several_adapters_are_quantised_once():
     assert first_layer(apart).merged_adapters == ["first", "second"]
 
 
-def test_merged_dora_adapters_add_up_as_forward_adds_them():
+def test_merged_dora_adapters_compose_as_forward_composes_them():
     model = adapted(names=("first", "second"), use_dora=True, quant={"double_quant": False}, target_modules=["q_proj"])
     layer = first_layer(model)
     layer.set_adapter(["first", "second"])

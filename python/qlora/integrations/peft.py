@@ -135,12 +135,12 @@ class _ExactMerge:
 
     @torch.no_grad()
     def _merged(self, kept: KeptWeight, names: list[str]) -> tuple[Tensor, Tensor | None]:
-        """float32 weight with the updates of all `names` added to the kept one, and the bias likewise if it changes."""
+        """The kept weight, float32, with the adapters `names` in it, and the bias if they change it."""
         base = self.get_base_layer()
         original = kept.dense(base.weight.device)
         weight, bias = original.clone(), None
         for name in names:
-            weight += self._update(name, original)
+            weight = self._with_update(weight, name, original)
             if self.lora_bias.get(name):
                 if kept.bias is None:
                     raise RuntimeError(
@@ -152,12 +152,14 @@ class _ExactMerge:
                 raise ValueError(f"qlora: cannot merge adapter {name!r}: expected finite values, got NaN or Inf")
         return weight, bias
 
-    def _update(self, name: str, original: Tensor) -> Tensor:
-        """What the adapter adds to the float32 weight `original`, as forward adds it."""
+    def _with_update(self, weight: Tensor, name: str, original: Tensor) -> Tensor:
+        """The float32 weight with one more adapter, as forward adds it; `original` is the weight without any."""
         variant = self.lora_variant.get(name)
+        if isinstance(variant, Dora4bitVariant):
+            return variant.merged(self, name, weight, original)
         if variant is not None:
-            return variant.merge_safe(self, name, original.clone()) - original
-        return self._low_rank_product(name) * self.scaling[name]
+            return variant.merge_safe(self, name, weight)
+        return weight.add_(self._low_rank_product(name), alpha=float(self.scaling[name]))
 
 
 class LoraLinear4bit(_ExactMerge, DenseInits, Linear):

@@ -77,11 +77,11 @@ class Dora4bitVariant(LoraVariant):
         module.lora_magnitude_vector[adapter_name] = Dora4bitLayer(magnitudes)
 
     @staticmethod
-    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """m / n * (W + s B A) of a float32 W."""
-        weight = orig_weight + module._low_rank_product(active_adapter) * module.scaling[active_adapter]
-        magnitudes = module.lora_magnitude_vector[active_adapter].weight.float()
-        return weight * (magnitudes / row_norms(weight))[:, None]
+    def merged(module: Any, adapter_name: str, weight: Tensor, original: Tensor) -> Tensor:
+        """m / n * (W + s B A) of a float32 W, with n of the weight that no adapter is merged into."""
+        update = module._low_rank_product(adapter_name) * module.scaling[adapter_name]
+        magnitudes = module.lora_magnitude_vector[adapter_name].weight.float()
+        return (weight + update) * (magnitudes / row_norms(original + update))[:, None]
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
