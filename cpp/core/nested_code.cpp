@@ -1,8 +1,8 @@
 // The 8-bit code book of double-quantised scales, bit-equal to bitsandbytes' signed dynamic map.
 //
-// Seven decades, 10^-6 to 1: decade d holds +- the midpoints of 2^d equal parts of [0.1, 1], times 10^(d - 6). With 0 and
-// 1 that is 256 entries; -1 is not among them. The part's ends and the midpoints are rounded to fp32 where bitsandbytes
-// rounds them (torch.linspace steps from both ends to the middle, each step one fused multiply-add).
+// Seven decades, 10^-6 to 1: decade d holds +- the midpoints of 2^d equal parts of [0.1, 1], times 10^(d - 6). With 0
+// and 1 that is 256 entries; -1 is not among them. The part's ends and the midpoints are rounded to fp32 where
+// bitsandbytes rounds them (torch.linspace steps from both ends to the middle, each step one fused multiply-add).
 #include <algorithm>
 #include <array>
 #include <cmath>

@@ -1,6 +1,7 @@
 // Double quantisation of the scales. One scale stands for 32 values or more, so scalar code is fast enough.
 #pragma once
 
+#include "cpu/dequantize.h"
 #include "cpu/quantize.h"
 
 namespace qlora::cpu::QLORA_LEVEL {
@@ -69,8 +70,7 @@ inline void quantize_absmax(const float* absmax, int64_t n, float nested_offset,
 inline void dequantize_absmax(const uint8_t* codes, const float* nested_absmax, const float* nested_code,
                               float nested_offset, float* absmax, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const float product = nested_code[codes[i]] * nested_absmax[i / kNestedBlockSize];
-    absmax[i] = product + nested_offset;
+    absmax[i] = nested_scale(nested_code[codes[i]], nested_absmax[i / kNestedBlockSize], nested_offset);
   }
 }
 

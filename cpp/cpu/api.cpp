@@ -37,8 +37,8 @@ qlora_status qlora_quantize_4bit_cpu(const void* x, qlora_dtype dtype, int64_t n
   });
 }
 
-qlora_status qlora_dequantize_4bit_cpu(const qlora_weight_4bit* weight, void* y, qlora_dtype dtype,
-                                       int64_t block_begin, int64_t block_end) {
+qlora_status qlora_dequantize_4bit_cpu(const qlora_weight_4bit* weight, void* y, qlora_dtype dtype, int64_t block_begin,
+                                       int64_t block_end) {
   return guarded([&] {
     const char* op = "qlora.dequantize_4bit";
     check_weight(op, weight);

@@ -7,11 +7,15 @@
 namespace qlora::cpu::QLORA_LEVEL {
 namespace {
 
-// Product and sum are rounded separately: the build turns contraction off (cpp/cpu/README.md).
+// Product and sum are rounded separately: the build turns contraction off (sources.cmake).
+inline float nested_scale(float code_value, float nested_absmax, float nested_offset) {
+  const float product = code_value * nested_absmax;
+  return product + nested_offset;
+}
 inline float block_scale(const qlora_weight_4bit& weight, int64_t block) {
   if (weight.absmax_codes == nullptr) return weight.absmax[block];
-  const float product = weight.nested_code[weight.absmax_codes[block]] * weight.nested_absmax[block / kNestedBlockSize];
-  return product + *weight.nested_offset;
+  return nested_scale(weight.nested_code[weight.absmax_codes[block]], weight.nested_absmax[block / kNestedBlockSize],
+                      *weight.nested_offset);
 }
 
 inline float code_value(const qlora_weight_4bit& weight, int64_t i) {

@@ -8,8 +8,8 @@
 //         for each panel of the input: the register tile [kTileRows, kTileCols] } registers
 //
 // So a weight is decoded once for kMaxRows rows of the input, and the sums of a strip wait in scratch between depths.
-// An output is the sum, over chunks of kDepth in ascending order, of each chunk's sum in ascending order. Neither the range
-// of columns nor the other rows of the input change it.
+// An output is the sum, over chunks of kDepth in ascending order, of each chunk's sum in ascending order. Neither the
+// range of columns nor the other rows of the input change it.
 #pragma once
 
 #include "cpu/scratch.h"
@@ -86,8 +86,8 @@ inline void multiply_tile_of(int64_t rows, const float* input, const float* pane
   if constexpr (kRows > 1) multiply_tile_of<kRows - 1>(rows, input, panel, depth, is_first, sums);
 }
 
-// packed [ceil(rows / kTileRows), depth, kTileRows] = input rows [row, row + rows), columns [begin, begin + depth) as fp32.
-// Full vectors are stored where kTileRows lanes are meant: the next store overwrites the rest.
+// packed [ceil(rows / kTileRows), depth, kTileRows] = input rows [row, row + rows), columns [begin, begin + depth) as
+// fp32. Full vectors are stored where kTileRows lanes are meant: the next store overwrites the rest.
 template <qlora_dtype kType>
 inline void pack_input(const Product& product, int64_t row, int64_t rows, int64_t begin, int64_t depth, float* packed) {
   for (int64_t first = 0; first < rows; first += kTileRows) {
@@ -98,9 +98,9 @@ inline void pack_input(const Product& product, int64_t row, int64_t rows, int64_
       Floats block[kWidth];
       for (int r = 0; r < kWidth; ++r) {
         const int64_t from = start + r * product.depth + d;
-        block[r] = r >= valid          ? broadcast(0.0f)
-                   : count == kWidth   ? load_as<kType>(product.input, from)
-                                       : load_partial_as<kType>(product.input, from, count);
+        block[r] = r >= valid        ? broadcast(0.0f)
+                   : count == kWidth ? load_as<kType>(product.input, from)
+                                     : load_partial_as<kType>(product.input, from, count);
       }
       transpose(block);
       float* to = packed + first * depth + d * kTileRows;
@@ -113,10 +113,11 @@ inline void pack_input(const Product& product, int64_t row, int64_t rows, int64_
   }
 }
 
-// output[row + r, col + c] = sums [rows, kTileCols][r][c] + bias[col + c] for the columns of the range.
+// output[row + r, col + c] = sums [rows, cols][r][c] + bias[col + c] for the columns of the range.
 template <qlora_dtype kType>
-inline void write_tile(const Product& product, const float* sums, int64_t row, int64_t rows, int64_t col) {
-  const int64_t begin = larger(col, product.begin), end = smaller(col + kTileCols, product.end);
+inline void write_tile(const Product& product, const float* sums, int64_t row, int64_t rows, int64_t col,
+                       int64_t cols) {
+  const int64_t begin = larger(col, product.begin), end = smaller(col + cols, product.end);
   for (int64_t c = begin; c < end; c += kWidth) {
     const int64_t count = smaller(kWidth, end - c);
     const bool is_full = count == kWidth;
@@ -124,7 +125,7 @@ inline void write_tile(const Product& product, const float* sums, int64_t row, i
     Floats bias = broadcast(0.0f);
     if (has_bias) bias = is_full ? load_as<kType>(product.bias, c) : load_partial_as<kType>(product.bias, c, count);
     for (int64_t r = 0; r < rows; ++r) {
-      const float* from = sums + r * kTileCols + (c - col);
+      const float* from = sums + r * cols + (c - col);
       Floats value = is_full ? load(from) : load_partial_as<QLORA_FLOAT32>(from, 0, count);
       if (has_bias) value = add(value, bias);
       const int64_t to = (row + r) * product.cols + c;
@@ -137,8 +138,8 @@ inline void write_tile(const Product& product, const float* sums, int64_t row, i
   }
 }
 
-// decode(col, begin, depth, rows, panel): panel [depth, kTileCols] = B[begin:begin + depth, col:col + kTileCols], where col
-// is a multiple of kTileCols; columns past the end of B may hold anything finite or not. `rows` is scratch.
+// decode(col, begin, depth, rows, panel): panel [depth, kTileCols] = B[begin:begin + depth, col:col + kTileCols], where
+// col is a multiple of kTileCols; columns past the end of B may hold anything finite or not. `rows` is scratch.
 template <qlora_dtype kType, class Decode>
 inline void multiply_all(const Product& product, Decode decode) {
   const Workspace space = workspace();
@@ -160,7 +161,7 @@ inline void multiply_all(const Product& product, Decode decode) {
             multiply_tile_of<>(smaller(kTileRows, rows - r), space.input + r * depth, space.panel, depth, begin == 0,
                                sums + r * kTileCols);
           }
-          if (is_last) write_tile<kType>(product, sums, row, rows, c);
+          if (is_last) write_tile<kType>(product, sums, row, rows, c, kTileCols);
         }
         begin += depth;
       } while (begin < product.depth);

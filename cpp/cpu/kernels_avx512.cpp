@@ -1,6 +1,8 @@
 // The CPU kernels for x86-64 with AVX-512 F, BW, DQ and VL.
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 header (GCC bug 105593).
+// GCC 12's own AVX-512 header starts undefined vectors this way (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 #define QLORA_LEVEL avx512

@@ -1,5 +1,6 @@
-// packed[i] = code of x[i] * (1 / absmax), absmax = max |x| of the block: two passes over a block, in groups of 32 values.
-// The largest magnitude is found on the bits of |x| as integers, where NaN > Inf > every finite value, so that a NaN wins.
+// packed[i] = code of x[i] * (1 / absmax), absmax = max |x| of the block: two passes over a block, in groups of 32
+// values. The largest magnitude is found on the bits of |x| as integers, where NaN > Inf > every finite value, so that
+// a NaN wins.
 #pragma once
 
 #include "cpu/values.h"

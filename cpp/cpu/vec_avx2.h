@@ -11,6 +11,8 @@ namespace {
 constexpr int kWidth = 8;
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 2;
+constexpr int kMaxFewSums = 8;
+constexpr int kFewRowsLimit = 8;
 
 using Floats = __m256;
 using Ints = __m256i;
@@ -75,7 +77,7 @@ inline void store_codes(const Ints (&codes)[4], uint8_t* packed) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_castsi256_si128(halves));
 }
 
-inline void transpose(Floats (&rows)[8]) {
+__attribute__((always_inline)) inline void transpose(Floats (&rows)[8]) {
   Floats pairs[8], quads[8];
   for (int i = 0; i < 8; i += 2) {
     pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
@@ -115,10 +117,10 @@ inline void store_half(uint16_t* y, Floats x) {
 inline void store_bfloat(uint16_t* y, Floats x) {
   const __m256i bits = as_ints(x), high = shift_right<16>(bits);
   const __m256i even = bit_and(high, broadcast_int(1));
-  const __m256i rounded =
-      shift_right<16>(_mm256_add_epi32(bits, _mm256_add_epi32(even, broadcast_int(0x7FFF))));
+  const __m256i rounded = shift_right<16>(_mm256_add_epi32(bits, _mm256_add_epi32(even, broadcast_int(0x7FFF))));
   const __m256i quiet = bit_or(high, broadcast_int(0x40));
-  const __m256i words = as_ints(_mm256_blendv_ps(as_floats(rounded), as_floats(quiet), _mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+  const __m256i words =
+      as_ints(_mm256_blendv_ps(as_floats(rounded), as_floats(quiet), _mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
   const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_castsi256_si128(halves));
 }

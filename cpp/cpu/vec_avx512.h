@@ -11,6 +11,8 @@ namespace {
 constexpr int kWidth = 16;
 constexpr int kTileRows = 12;
 constexpr int kTileVectors = 2;
+constexpr int kMaxFewSums = 16;
+constexpr int kFewRowsLimit = 8;
 
 using Floats = __m512;
 using Ints = __m512i;
@@ -56,7 +58,8 @@ inline Floats look_up(const Table& table, Ints codes) { return _mm512_permutexva
 
 inline Ints load_codes(const uint8_t* packed) {
   const __m512i words = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
-  const __m512i spread = _mm512_permutexvar_epi32(_mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0), words);
+  const __m512i spread =
+      _mm512_permutexvar_epi32(_mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0), words);
   return _mm512_srlv_epi32(spread, _mm512_set_epi32(24, 28, 16, 20, 8, 12, 0, 4, 24, 28, 16, 20, 8, 12, 0, 4));
 }
 inline void store_codes(const Ints (&codes)[2], uint8_t* packed) {
@@ -66,7 +69,7 @@ inline void store_codes(const Ints (&codes)[2], uint8_t* packed) {
   }
 }
 
-inline void transpose(Floats (&rows)[16]) {
+__attribute__((always_inline)) inline void transpose(Floats (&rows)[16]) {
   Floats pairs[16], quads[16];
   for (int i = 0; i < 16; i += 2) {
     pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);

@@ -1,8 +1,9 @@
 // Vectors of 4 lanes in plain C++, left to the compiler's vectoriser. vec_avx2.h and vec_avx512.h offer the same names.
 //
-// Every function here and in the headers built on it lives in an unnamed namespace inside the namespace of its level, so
-// that code compiled for one instruction set is never linked in place of another's. For the same reason these headers
-// call no inline function of other headers, the standard library's included, unless it is evaluated at compile time.
+// Every function here and in the headers built on it lives in an unnamed namespace inside the namespace of its level,
+// so that code compiled for one instruction set is never linked in place of another's. For the same reason these
+// headers call no inline function of other headers, the standard library's included, unless it is evaluated at compile
+// time.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,10 @@ namespace qlora::cpu::QLORA_LEVEL {
 namespace {
 
 constexpr int kWidth = 4;
-constexpr int kTileRows = 4;     // Rows of the matrix multiplication's register tile,
-constexpr int kTileVectors = 2;  // and its columns, in vectors.
+constexpr int kTileRows = 4;      // Rows of the matrix multiplication's register tile,
+constexpr int kTileVectors = 2;   // and its columns, in vectors.
+constexpr int kMaxFewSums = 8;    // Register sums of a product of few rows (few_rows.h),
+constexpr int kFewRowsLimit = 2;  // and the most rows that are few.
 
 struct Floats {
   float lane[kWidth];
@@ -36,7 +39,7 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
-#define QLORA_LANES(expression)                     \
+#define QLORA_LANES(expression)                                \
   for (int i = 0; i < kWidth; ++i) out.lane[i] = (expression); \
   return out
 
@@ -160,7 +163,7 @@ inline void store_codes(const Ints (&codes)[32 / kWidth], uint8_t* packed) {
   }
 }
 
-inline void transpose(Floats (&rows)[kWidth]) {
+__attribute__((always_inline)) inline void transpose(Floats (&rows)[kWidth]) {
   Floats columns[kWidth];
   for (int i = 0; i < kWidth; ++i) {
     for (int j = 0; j < kWidth; ++j) columns[j].lane[i] = rows[i].lane[j];
