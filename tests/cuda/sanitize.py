@@ -1,0 +1,76 @@
+"""Runs every CUDA kernel on odd shapes and addresses, for compute-sanitizer:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/cuda/sanitize.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python tests/cuda/sanitize.py
+
+Without torch's caching allocator each tensor is an allocation of its own, whose ends the sanitizer watches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import torch
+from torch import Tensor
+
+from qlora import ops
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+QUANT_TYPES = ("nf4", "fp4")
+SHAPES = ((1, 1), (1, 7), (3, 131), (37, 77), (9, 264), (33, 512), (5, 4104))
+
+
+def shifted(x: Tensor) -> Tensor:
+    """x one element behind an aligned address."""
+    buffer = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    buffer[1:].copy_(x.flatten())
+    return buffer[1:].view(x.shape)
+
+
+def drive_format(shape: tuple[int, int], dtype: torch.dtype, quant_type: str, block_size: int) -> None:
+    """quantize_4bit, scales, dequantize_4bit and embedding_4bit; plain and nested; aligned and not."""
+    rows = shape[0]
+    form = {"block_size": block_size, "quant_type": quant_type}
+    w = torch.randn(shape, device="cuda").to(dtype)
+    ops.quantize_4bit(shifted(w), **form)
+    packed, absmax = ops.quantize_4bit(w, **form)
+    codes, *tensors = ops.quantize_absmax(absmax)
+    ops.dequantize_absmax(codes, *tensors)
+    nested = dict(zip(("nested_absmax", "nested_quant_map", "nested_offset"), tensors, strict=True))
+    indices = torch.tensor([0, rows - 1, rows, -1], device="cuda")
+    for scales, extra in ((absmax, {}), (codes, nested)):
+        for data in (packed, shifted(packed)):
+            ops.dequantize_4bit(data, scales, shape, **form, **extra, dtype=dtype)
+            ops.embedding_4bit(indices, data, scales, shape, **form, **extra, dtype=dtype)
+
+
+def drive_linear(shape: tuple[int, int], dtype: torch.dtype, quant_type: str, kernel: str) -> None:
+    """linear_4bit with and without bias, and its gradient, in several chunks."""
+    os.environ["QLORA_LINEAR_KERNEL"] = kernel
+    os.environ["QLORA_DENSE_CHUNK_BYTES"] = "1"
+    n, k = shape
+    form = {"block_size": 64, "quant_type": quant_type}
+    packed, absmax = ops.quantize_4bit(torch.randn(shape, device="cuda"), **form)
+    for m in (1, 5):
+        x, dy = (torch.randn(m, size, device="cuda").to(dtype) for size in (k, n))
+        ops.linear_4bit(x, packed, absmax, shape, **form)
+        ops.linear_4bit(x, packed, absmax, shape, **form, bias=torch.ones(n, device="cuda", dtype=dtype))
+        ops.linear_4bit_grad_input(dy, packed, absmax, shape, **form)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for shape, dtype, quant_type in itertools.product(SHAPES, DTYPES, QUANT_TYPES):
+        for block_size in (32, 64, 256, 512, 4096):
+            drive_format(shape, dtype, quant_type, block_size)
+        torch.cuda.synchronize()
+    for dtype, quant_type in itertools.product(DTYPES, QUANT_TYPES):
+        for shape, kernel in itertools.product(((37, 77), (300, 264), (520, 512)), ("naive", "dense")):
+            drive_linear(shape, dtype, quant_type, kernel)
+        torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The linear kernels against each other: dense against naive, any chunk against one chunk."""
+
+from __future__ import annotations
+
+import ctypes
+
+import c_library
+import pytest
+import torch
+from torch import Tensor
+
+from assertions import assert_bitwise_equal, assert_within
+from qlora import ops
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# [n, k]: whole chunks, a rest, rows that no chunk fits evenly, straddling rows of odd length, one row, one column.
+SHAPES = ((1024, 512), (768 + 64, 320), (300, 776), (37, 77), (1, 64), (70, 1))
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch):
+    """kernel("naive") makes the following calls use that kernel alone; chunk_bytes sets the chunk of dense."""
+
+    def choose(name: str, chunk_bytes: int | None = None) -> None:
+        monkeypatch.setenv("QLORA_LINEAR_KERNEL", name)
+        if chunk_bytes is None:
+            monkeypatch.delenv("QLORA_DENSE_CHUNK_BYTES", raising=False)
+        else:
+            monkeypatch.setenv("QLORA_DENSE_CHUNK_BYTES", str(chunk_bytes))
+
+    return choose
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).cuda()
+
+
+def quantized(n: int, k: int, dtype: torch.dtype, is_nested: bool):
+    """Arguments of the operators, and the weight rounded to dtype."""
+    packed, absmax = ops.quantize_4bit(randn(n, k, dtype=torch.float32, seed=n + k), 64, "nf4")
+    form = {"block_size": 64, "quant_type": "nf4"}
+    if is_nested:
+        absmax, *tensors = ops.quantize_absmax(absmax)
+        form |= zip(("nested_absmax", "nested_quant_map", "nested_offset"), tensors, strict=True)
+    return (packed, absmax, (n, k)), form, ops.dequantize_4bit(packed, absmax, (n, k), **form, dtype=dtype)
+
+
+def tolerance(x: Tensor, weight: Tensor, expected: Tensor) -> Tensor:
+    """Float32 sums of num_terms products in any order, then one rounding to the dtype of x; weight [terms, outputs]."""
+    magnitude = x.double().abs() @ weight.double().abs()
+    sums = x.shape[-1] * torch.finfo(torch.float32).eps * magnitude
+    info = torch.finfo(x.dtype)
+    return sums + info.eps / 2 * (expected.abs() + sums) + info.smallest_normal * info.eps
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 5, 130])
+@pytest.mark.parametrize("name", ["naive", "dense"])
+def test_kernel_equals_float64_product_of_the_rounded_weight(
+    kernel, name: str, m: int, dtype: torch.dtype, shape: tuple[int, int], is_nested: bool
+) -> None:
+    kernel(name, None if name == "naive" else 300_000)
+    args, form, weight = quantized(*shape, dtype, is_nested)
+    n, k = shape
+    x, dy, bias = (randn(*size, dtype=dtype, seed=i) for i, size in enumerate([(m, k), (m, n), (n,)]))
+    expected = x.double() @ weight.double().T
+    assert_within(ops.linear_4bit(x, *args, **form), expected, tolerance(x, weight.T, expected))
+    with_bias = expected + bias.double()
+    # The bias is one more float32 term, and the result is rounded once.
+    slack = torch.finfo(torch.float32).eps * bias.double().abs()
+    limit = tolerance(x, weight.T, with_bias) + slack
+    assert_within(ops.linear_4bit(x, *args, **form, bias=bias), with_bias, limit)
+    expected = dy.double() @ weight.double()
+    assert_within(ops.linear_4bit_grad_input(dy, *args, **form), expected, tolerance(dy, weight, expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outputs_are_written_whole_whatever_the_chunk(kernel, dtype: torch.dtype) -> None:
+    args, form, weight = quantized(1088, 576, dtype, True)
+    x, dy = (randn(33, size, dtype=dtype, seed=size) for size in (576, 1088))
+    for chunk_bytes in (1, 700_000, 1_500_000, 1 << 30):
+        kernel("dense", chunk_bytes)
+        expected = x.double() @ weight.double().T
+        assert_within(ops.linear_4bit(x, *args, **form), expected, tolerance(x, weight.T, expected))
+        expected = dy.double() @ weight.double()
+        assert_within(
+            ops.linear_4bit_grad_input(dy, *args, **form), expected, tolerance(dy, weight, expected)
+        )
+
+
+def test_no_tf32_in_float32(kernel) -> None:
+    args, form, weight = quantized(512, 1024, torch.float32, False)
+    x = randn(64, 1024, dtype=torch.float32, seed=1)
+    kernel("dense")
+    former = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        y = ops.linear_4bit(x, *args, **form)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = former
+    expected = x.double() @ weight.double().T
+    assert_within(y, expected, tolerance(x, weight.T, expected))
+
+
+def test_repeated_calls_are_bitwise_equal(kernel) -> None:
+    args, form, _ = quantized(1024, 512, torch.bfloat16, True)
+    x = randn(130, 512, dtype=torch.bfloat16, seed=1)
+    for name in ("naive", "dense"):
+        kernel(name)
+        assert_bitwise_equal(ops.linear_4bit(x, *args, **form), ops.linear_4bit(x, *args, **form))
+
+
+def test_explain_names_the_kernel_and_the_reasons_of_those_before_it(kernel) -> None:
+    torch.cuda.init()
+    weight = c_library.describe_weight(4096, 1024)
+    text = c_library.explain(weight, 4, torch.bfloat16)
+    assert text.startswith("linear_4bit m=4 n=4096 k=1024 bfloat16 nf4 block 64 on device 0 (sm_")
+    assert text.splitlines()[0].endswith(": dense")
+    kernel("naive")
+    first, *reasons = c_library.explain(weight, 4, torch.bfloat16).splitlines()
+    assert first.endswith(": naive")
+    assert reasons == ["dense: QLORA_LINEAR_KERNEL asks for naive"]
+    assert c_library.explain(weight, 4, torch.bfloat16, size=8) == "linear_"
+
+
+def test_workspace_holds_a_chunk_and_cublas(kernel) -> None:
+    torch.cuda.init()
+    weight = c_library.describe_weight(4096, 1024)
+    kernel("dense", 1 << 20)
+    assert c_library.workspace_size(weight, 4, torch.bfloat16) == (32 << 20) + 512 * 1024 * 2
+    assert c_library.workspace_size(weight, 4, torch.bfloat16, is_grad=True) == (32 << 20) + 256 * 4096 * 2
+    kernel("naive")
+    assert c_library.workspace_size(weight, 4, torch.bfloat16) == 0
+
+
+def test_unknown_kernel_is_an_error_with_the_names(kernel) -> None:
+    kernel("fastest")
+    args, form, _ = quantized(64, 64, torch.bfloat16, False)
+    with pytest.raises(RuntimeError, match="QLORA_LINEAR_KERNEL: expected one of dense, naive, got fastest"):
+        ops.linear_4bit(randn(2, 64, dtype=torch.bfloat16, seed=0), *args, **form)
+
+
+def test_small_workspace_is_an_error_with_the_sizes() -> None:
+    args, _, _ = quantized(64, 64, torch.bfloat16, False)
+    x, y = (torch.zeros(2, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    weight = c_library.describe_weight(64, 64)
+    weight.packed, weight.absmax = args[0].data_ptr(), args[1].data_ptr()
+    status = c_library.library().qlora_linear_4bit_cuda(
+        *(
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_int64(2),
+            c_library.DTYPES[x.dtype],
+            ctypes.byref(weight),
+            None,
+        ),
+        *(ctypes.c_void_p(y.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(16), 0, None),
+    )
+    assert status == c_library.INVALID_ARGUMENT
+    needed = c_library.workspace_size(weight, 2, torch.bfloat16)
+    assert c_library.last_error() == f"linear_4bit: workspace_size: expected at least {needed}, got 16"
