@@ -10,7 +10,9 @@ from qlora import reference
 
 def _same_kind(actual: Tensor, expected: Tensor) -> None:
     assert actual.dtype == expected.dtype, f"dtype: expected {expected.dtype}, got {actual.dtype}"
-    assert actual.shape == expected.shape, f"shape: expected {tuple(expected.shape)}, got {tuple(actual.shape)}"
+    assert actual.shape == expected.shape, (
+        f"shape: expected {tuple(expected.shape)}, got {tuple(actual.shape)}"
+    )
 
 
 def _report(actual: Tensor, expected: Tensor, error: Tensor, is_wrong: Tensor, what: str) -> str:
@@ -39,7 +41,9 @@ def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:
 
 def assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor | float) -> None:
     """|actual - expected| <= tolerance, element by element, in float64; expected may have another float dtype."""
-    assert actual.shape == expected.shape, f"shape: expected {tuple(expected.shape)}, got {tuple(actual.shape)}"
+    assert actual.shape == expected.shape, (
+        f"shape: expected {tuple(expected.shape)}, got {tuple(actual.shape)}"
+    )
     actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
     tolerance = torch.as_tensor(tolerance, dtype=torch.float64).detach().cpu()
     error = (actual - expected).abs()
@@ -52,7 +56,14 @@ def assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor | float) -
 
 
 def assert_codes_agree(
-    actual: Tensor, expected: Tensor, x: Tensor, absmax: Tensor, *, block_size: int, quant_type: str, ulps: float = 2.0
+    actual: Tensor,
+    expected: Tensor,
+    x: Tensor,
+    absmax: Tensor,
+    *,
+    block_size: int,
+    quant_type: str,
+    ulps: float = 2.0,
 ) -> int:
     """Packed codes may differ only where x / absmax is within `ulps` of a threshold, and then by one code.
 
@@ -78,5 +89,38 @@ def assert_codes_agree(
             f"codes differ: {int(is_wrong.sum())} of {n} away from a threshold; the first at flat index "
             f"{int(index[first])}, {distance[first].item():.3g} ulp from the threshold {nearest[first].item()}: "
             f"expected code {int(wanted[index[first]])}, got {int(got[index[first]])}"
+        )
+    return int(index.numel())
+
+
+def assert_scale_codes_agree(
+    actual: Tensor,
+    expected: Tensor,
+    absmax: Tensor,
+    nested: tuple[Tensor, Tensor, Tensor],
+    *,
+    slack: float | None = None,
+) -> int:
+    """8-bit codes of scales may differ by one, where the scaled value is within `slack` (2 ulp) of the midpoint.
+
+    `nested` is nested_absmax, nested_quant_map, nested_offset. Returns how many differ.
+    """
+    nested_absmax, quant_map, offset = (tensor.detach().cpu() for tensor in nested)
+    actual, expected, absmax = actual.cpu(), expected.cpu(), absmax.cpu()
+    _same_kind(actual, expected)
+    index = (actual != expected).nonzero().flatten()
+    lower = torch.minimum(actual, expected).long()[index]
+    middle = (quant_map[lower] + quant_map[(lower + 1).clamp(max=255)]) / 2
+    scaled = (absmax - offset).double()[index] / nested_absmax.double()[index // reference.NESTED_BLOCK_SIZE]
+    ulp = torch.nextafter(middle.abs(), torch.tensor(torch.inf)).double() - middle.abs().double()
+    limit = 2 * ulp if slack is None else torch.full_like(ulp, slack)
+    apart = (actual[index].int() - expected[index].int()).abs()
+    is_wrong = (apart != 1) | ~((scaled - middle.double()).abs() <= limit)
+    if is_wrong.any():
+        first = int(is_wrong.nonzero()[0])
+        raise AssertionError(
+            f"scale codes differ: {int(is_wrong.sum())} of {actual.numel()}; the first at {int(index[first])}, scaled value "
+            f"{scaled[first].item()} beside the midpoint {middle[first].item()}: expected code "
+            f"{int(expected[index[first]])}, got {int(actual[index[first]])}"
         )
     return int(index.numel())

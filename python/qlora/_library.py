@@ -50,7 +50,7 @@ def load() -> Path:
             "the package is installed: pip install qlora-kernels, or `pip install .` in a source tree"
         )
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
             f"qlora: {path} does not load into PyTorch {torch.__version__} ({needed} or newer needed): {error}"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -89,11 +90,9 @@ def _nested_quant_map_values() -> tuple[float, ...]:
         intervals = 2**decade
         step = _float32(_float32(end - start) / intervals)
         half = (intervals + 1) // 2
-        ends = [
-            _float32(start + step * i if i < half else end - step * (intervals - i)) for i in range(intervals + 1)
-        ]
+        ends = [start + step * i if i < half else end - step * (intervals - i) for i in range(intervals + 1)]
         power = _float32(10.0 ** (decade - 6))
-        for low, high in zip(ends, ends[1:], strict=False):
+        for low, high in pairwise(map(_float32, ends)):
             value = _float32(power * _float32(_float32(low + high) / 2))
             values += [value, -value]
     return tuple(sorted(values))
@@ -109,7 +108,7 @@ def nested_quant_map(device: torch.device | str) -> torch.Tensor:
     """The 8-bit map as a float32 [256] tensor on `device`. One tensor per device: clone it before writing to it."""
     import torch
 
-    if torch.compiler.is_compiling():  # a traced graph holds it as a constant; the cache must not see traced tensors
+    if torch.compiler.is_compiling():  # a constant of the graph: the cache must not see traced tensors
         return torch.tensor(NESTED_QUANT_MAP, dtype=torch.float32, device=device)
     device = torch.device(device)
     cached = _map_of_device.get(device)

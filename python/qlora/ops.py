@@ -16,26 +16,20 @@ the value that came; they trace under torch.compile(fullgraph=True). Autocast do
 computes in the dtype of its input.
 """
 
+# A fake kernel takes its operator's arguments, used or not.
+# ruff: noqa: ARG001
+
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _library
-from .format import (
-    BLOCK_SIZES,
-    DEFAULT_BLOCK_SIZE,
-    NESTED_BLOCK_SIZE,
-    QUANT_TYPES,
-    nested_quant_map,
-    num_blocks,
-    num_nested_blocks,
-    num_packed_bytes,
-)
+from . import _checks, _library
+from ._checks import FLOATS
+from .format import DEFAULT_BLOCK_SIZE, nested_quant_map, num_blocks, num_nested_blocks, num_packed_bytes
 
 _library.load()
 
@@ -49,7 +43,6 @@ __all__ = [
     "quantize_absmax",
 ]
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _STORAGES = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _quantize_4bit = torch.ops.qlora.quantize_4bit.default
@@ -59,115 +52,6 @@ _dequantize_absmax = torch.ops.qlora.dequantize_absmax.default
 _linear_4bit = torch.ops.qlora.linear_4bit.default
 _linear_4bit_grad_input = torch.ops.qlora.linear_4bit_grad_input.default
 _embedding_4bit = torch.ops.qlora.embedding_4bit.default
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks. The messages are built only on failure.
-
-
-def _expected(what: str, got: object) -> str:
-    return f"expected {what}, got {got}"
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
-
-
-def _check_tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
-    if not isinstance(value, Tensor) or value.dtype not in dtypes:
-        names = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"qlora.{op}: {name}: {_expected(f'a tensor of {names}', _kind(value))}")
-
-
-def _check_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
-    if value.device != device:
-        raise TypeError(f"qlora.{op}: {name}: {_expected(f'a tensor on {device}', _kind(value))}")
-
-
-def _check_numel(op: str, name: str, value: Tensor, count: int) -> None:
-    if value.numel() != count:
-        raise ValueError(f"qlora.{op}: {name}: {_expected(f'{count} values', _kind(value))}")
-
-
-def _check_dtype(op: str, dtype: torch.dtype) -> None:
-    if dtype not in _FLOATS:
-        raise TypeError(f"qlora.{op}: dtype: {_expected(f'one of {_FLOATS}', dtype)}")
-
-
-def _check_format(op: str, block_size: int, quant_type: str) -> None:
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"qlora.{op}: block_size: {_expected(f'one of {BLOCK_SIZES}', repr(block_size))}")
-    if quant_type not in QUANT_TYPES:
-        raise ValueError(f"qlora.{op}: quant_type: {_expected(f'one of {QUANT_TYPES}', repr(quant_type))}")
-
-
-def _check_matrix(op: str, shape: Sequence[int]) -> None:
-    if len(shape) != 2:
-        raise ValueError(f"qlora.{op}: shape: {_expected('[rows, cols] of the weight', list(shape))}")
-
-
-def _check_nested(
-    op: str, device: torch.device, absmax: Tensor, nested_absmax: Tensor, nested_quant_map: Tensor, nested_offset: Tensor
-) -> Tensor:
-    """Checks the tensors of double-quantised scales; returns the offset as float32."""
-    _check_tensor(op, "absmax (with nested_absmax)", absmax, (torch.uint8,))
-    _check_tensor(op, "nested_absmax", nested_absmax, (torch.float32,))
-    _check_tensor(op, "nested_quant_map", nested_quant_map, (torch.float32,))
-    _check_tensor(op, "nested_offset", nested_offset, (*_FLOATS, torch.float64))
-    _check_device(op, "nested_absmax", nested_absmax, device)
-    _check_device(op, "nested_quant_map", nested_quant_map, device)
-    _check_device(op, "nested_offset", nested_offset, device)
-    _check_numel(op, "nested_absmax", nested_absmax, num_nested_blocks(absmax.numel()))
-    _check_numel(op, "nested_quant_map", nested_quant_map, 256)
-    _check_numel(op, "nested_offset", nested_offset, 1)
-    return nested_offset if nested_offset.dtype is torch.float32 else nested_offset.to(torch.float32)
-
-
-def _check_weight(
-    op: str,
-    device: torch.device,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    nested_offset: Tensor | None,
-    shape: Sequence[int],
-    block_size: int,
-    quant_type: str,
-) -> Tensor | None:
-    """Checks a 4-bit weight; returns nested_offset as float32."""
-    _check_format(op, block_size, quant_type)
-    num_values = math.prod(shape)
-    if num_values < 0 or (num_values == 0 and any(size < 0 for size in shape)):
-        raise ValueError(f"qlora.{op}: shape: {_expected('sizes of at least 0', list(shape))}")
-    if not isinstance(packed, Tensor):
-        raise TypeError(f"qlora.{op}: packed: {_expected('a tensor', _kind(packed))}")
-    _check_device(op, "packed", packed, device)
-    if packed.numel() * packed.itemsize < num_packed_bytes(num_values):
-        what = f"at least {num_packed_bytes(num_values)} bytes for a weight of shape {list(shape)}"
-        raise ValueError(f"qlora.{op}: packed: {_expected(what, _kind(packed))}")
-    if nested_absmax is None:
-        if nested_quant_map is not None or nested_offset is not None:
-            given = "nested_offset" if nested_quant_map is None else "nested_quant_map"
-            raise ValueError(f"qlora.{op}: nested_absmax: {_expected(f'a tensor beside {given}', None)}")
-        _check_tensor(op, "absmax", absmax, (torch.float32,))
-    else:
-        if nested_quant_map is None or nested_offset is None:
-            missing = "nested_quant_map" if nested_quant_map is None else "nested_offset"
-            raise ValueError(f"qlora.{op}: {missing}: {_expected('a tensor beside nested_absmax', None)}")
-        nested_offset = _check_nested(op, device, absmax, nested_absmax, nested_quant_map, nested_offset)
-    _check_device(op, "absmax", absmax, device)
-    _check_numel(op, "absmax", absmax, num_blocks(num_values, block_size))
-    return nested_offset
-
-
-def _check_activation(op: str, name: str, value: Tensor, width: int, shape: Sequence[int]) -> None:
-    _check_tensor(op, name, value, _FLOATS)
-    if value.dim() == 0 or value.shape[-1] != width:
-        what = f"a last dimension of {width} for a weight of shape {list(shape)}"
-        raise ValueError(f"qlora.{op}: {name}: {_expected(what, _kind(value))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,10 +89,12 @@ def quantize_4bit(
         TypeError: input or quant_storage is of another dtype.
         ValueError: block_size or quant_type is unknown.
     """
-    _check_tensor("quantize_4bit", "input", input, _FLOATS)
-    _check_format("quantize_4bit", block_size, quant_type)
+    _checks.check_tensor("quantize_4bit", "input", input, FLOATS)
+    _checks.check_format("quantize_4bit", block_size, quant_type)
     if quant_storage not in _STORAGES:
-        raise TypeError(f"qlora.quantize_4bit: quant_storage: {_expected(f'one of {_STORAGES}', quant_storage)}")
+        raise TypeError(
+            f"qlora.quantize_4bit: quant_storage: {_checks.expected(f'one of {_STORAGES}', quant_storage)}"
+        )
     packed, absmax = _quantize_4bit(input, block_size, quant_type)
     if quant_storage is not torch.uint8:
         flat = packed.view(-1)
@@ -217,13 +103,13 @@ def quantize_4bit(
     return packed, absmax
 
 
-@torch.library.register_fake("qlora::quantize_4bit")
-def _(input: Tensor, block_size: int, quant_type: str) -> tuple[Tensor, Tensor]:
+def _quantize_4bit_fake(input: Tensor, block_size: int, quant_type: str) -> tuple[Tensor, Tensor]:
     n = input.numel()
     packed = input.new_empty((num_packed_bytes(n), 1), dtype=torch.uint8)
     return packed, input.new_empty((num_blocks(n, block_size),), dtype=torch.float32)
 
 
+torch.library.register_fake("qlora::quantize_4bit", _quantize_4bit_fake)
 torch.library.register_autograd("qlora::quantize_4bit", _no_gradient, setup_context=_mark_outputs)
 
 
@@ -255,18 +141,14 @@ def dequantize_4bit(
         ValueError: a size, block_size or quant_type is not as said.
     """
     op = "dequantize_4bit"
-    _check_dtype(op, dtype)
-    nested_offset = _check_weight(
-        *(op, packed.device, packed, absmax, nested_absmax, nested_quant_map, nested_offset),
-        *(shape, block_size, quant_type),
-    )
-    return _dequantize_4bit(
-        packed, absmax, nested_absmax, nested_quant_map, nested_offset, shape, block_size, quant_type, dtype
-    )
+    _checks.check_dtype(op, dtype)
+    weight = (packed, absmax, nested_absmax, nested_quant_map, nested_offset)
+    weight = _checks.check_weight(op, packed.device, weight, shape, block_size, quant_type)
+    output: Tensor = _dequantize_4bit(*weight, shape, block_size, quant_type, dtype)
+    return output
 
 
-@torch.library.register_fake("qlora::dequantize_4bit")
-def _(
+def _dequantize_4bit_fake(
     packed: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
@@ -280,6 +162,7 @@ def _(
     return packed.new_empty(shape, dtype=dtype)
 
 
+torch.library.register_fake("qlora::dequantize_4bit", _dequantize_4bit_fake)
 torch.library.register_autograd("qlora::dequantize_4bit", _no_gradient, setup_context=_mark_outputs)
 
 
@@ -298,9 +181,11 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         TypeError: absmax is not float32.
         ValueError: absmax is not one-dimensional.
     """
-    _check_tensor("quantize_absmax", "absmax", absmax, (torch.float32,))
+    _checks.check_tensor("quantize_absmax", "absmax", absmax, (torch.float32,))
     if absmax.dim() != 1:
-        raise ValueError(f"qlora.quantize_absmax: absmax: {_expected('one dimension', _kind(absmax))}")
+        raise ValueError(
+            f"qlora.quantize_absmax: absmax: {_checks.expected('one dimension', _checks.kind(absmax))}"
+        )
     absmax = absmax.detach()
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     quant_map = nested_quant_map(absmax.device)
@@ -308,12 +193,14 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return codes, nested_absmax, quant_map, offset
 
 
-@torch.library.register_fake("qlora::quantize_absmax")
-def _(absmax: Tensor, nested_offset: Tensor, nested_quant_map: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_absmax_fake(
+    absmax: Tensor, nested_offset: Tensor, nested_quant_map: Tensor
+) -> tuple[Tensor, Tensor]:
     n = absmax.numel()
     return absmax.new_empty((n,), dtype=torch.uint8), absmax.new_empty((num_nested_blocks(n),))
 
 
+torch.library.register_fake("qlora::quantize_absmax", _quantize_absmax_fake)
 torch.library.register_autograd("qlora::quantize_absmax", _no_gradient, setup_context=_mark_outputs)
 
 
@@ -334,16 +221,19 @@ def dequantize_absmax(
         ValueError: a size is not as said.
     """
     op = "dequantize_absmax"
-    _check_tensor(op, "codes", codes, (torch.uint8,))
-    offset = _check_nested(op, codes.device, codes, nested_absmax, nested_quant_map, nested_offset)
-    return _dequantize_absmax(codes, nested_absmax, nested_quant_map, offset)
+    _checks.check_tensor(op, "codes", codes, (torch.uint8,))
+    offset = _checks.check_nested(op, codes.device, codes, nested_absmax, nested_quant_map, nested_offset)
+    output: Tensor = _dequantize_absmax(codes, nested_absmax, nested_quant_map, offset)
+    return output
 
 
-@torch.library.register_fake("qlora::dequantize_absmax")
-def _(absmax: Tensor, nested_absmax: Tensor, nested_quant_map: Tensor, nested_offset: Tensor) -> Tensor:
+def _dequantize_absmax_fake(
+    absmax: Tensor, nested_absmax: Tensor, nested_quant_map: Tensor, nested_offset: Tensor
+) -> Tensor:
     return absmax.new_empty((absmax.numel(),), dtype=torch.float32)
 
 
+torch.library.register_fake("qlora::dequantize_absmax", _dequantize_absmax_fake)
 torch.library.register_autograd("qlora::dequantize_absmax", _no_gradient, setup_context=_mark_outputs)
 
 
@@ -377,23 +267,19 @@ def linear_4bit(
         ValueError: a size, block_size or quant_type is not as said.
     """
     op = "linear_4bit"
-    _check_matrix(op, shape)
-    _check_activation(op, "input", input, shape[1], shape)
-    nested_offset = _check_weight(
-        *(op, input.device, packed, absmax, nested_absmax, nested_quant_map, nested_offset),
-        *(shape, block_size, quant_type),
-    )
+    _checks.check_matrix(op, shape)
+    _checks.check_activation(op, "input", input, shape[1], shape)
+    weight = (packed, absmax, nested_absmax, nested_quant_map, nested_offset)
+    weight = _checks.check_weight(op, input.device, weight, shape, block_size, quant_type)
     if bias is not None:
-        _check_tensor(op, "bias", bias, (input.dtype,))
-        _check_device(op, "bias", bias, input.device)
-        _check_numel(op, "bias", bias, shape[0])
-    return _linear_4bit(
-        input, packed, absmax, nested_absmax, nested_quant_map, nested_offset, bias, shape, block_size, quant_type
-    )
+        _checks.check_tensor(op, "bias", bias, (input.dtype,))
+        _checks.check_device(op, "bias", bias, input.device)
+        _checks.check_numel(op, "bias", bias, shape[0])
+    output: Tensor = _linear_4bit(input, *weight, bias, shape, block_size, quant_type)
+    return output
 
 
-@torch.library.register_fake("qlora::linear_4bit")
-def _(
+def _linear_4bit_fake(
     input: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -406,6 +292,9 @@ def _(
     quant_type: str,
 ) -> Tensor:
     return input.new_empty((*input.shape[:-1], shape[0]))
+
+
+torch.library.register_fake("qlora::linear_4bit", _linear_4bit_fake)
 
 
 def _linear_4bit_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -455,19 +344,15 @@ def linear_4bit_grad_input(
         ValueError: a size, block_size or quant_type is not as said.
     """
     op = "linear_4bit_grad_input"
-    _check_matrix(op, shape)
-    _check_activation(op, "grad_output", grad_output, shape[0], shape)
-    nested_offset = _check_weight(
-        *(op, grad_output.device, packed, absmax, nested_absmax, nested_quant_map, nested_offset),
-        *(shape, block_size, quant_type),
-    )
-    return _linear_4bit_grad_input(
-        grad_output, packed, absmax, nested_absmax, nested_quant_map, nested_offset, shape, block_size, quant_type
-    )
+    _checks.check_matrix(op, shape)
+    _checks.check_activation(op, "grad_output", grad_output, shape[0], shape)
+    weight = (packed, absmax, nested_absmax, nested_quant_map, nested_offset)
+    weight = _checks.check_weight(op, grad_output.device, weight, shape, block_size, quant_type)
+    output: Tensor = _linear_4bit_grad_input(grad_output, *weight, shape, block_size, quant_type)
+    return output
 
 
-@torch.library.register_fake("qlora::linear_4bit_grad_input")
-def _(
+def _linear_4bit_grad_input_fake(
     grad_output: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -479,6 +364,9 @@ def _(
     quant_type: str,
 ) -> Tensor:
     return grad_output.new_empty((*grad_output.shape[:-1], shape[1]))
+
+
+torch.library.register_fake("qlora::linear_4bit_grad_input", _linear_4bit_grad_input_fake)
 
 
 def _linear_4bit_grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -531,21 +419,16 @@ def embedding_4bit(
         ValueError: a size, block_size or quant_type is not as said.
     """
     op = "embedding_4bit"
-    _check_matrix(op, shape)
-    _check_tensor(op, "indices", indices, (torch.int64, torch.int32))
-    _check_dtype(op, dtype)
-    nested_offset = _check_weight(
-        *(op, indices.device, packed, absmax, nested_absmax, nested_quant_map, nested_offset),
-        *(shape, block_size, quant_type),
-    )
-    return _embedding_4bit(
-        *(indices.long(), packed, absmax, nested_absmax, nested_quant_map, nested_offset),
-        *(shape, block_size, quant_type, dtype),
-    )
+    _checks.check_matrix(op, shape)
+    _checks.check_tensor(op, "indices", indices, (torch.int64, torch.int32))
+    _checks.check_dtype(op, dtype)
+    weight = (packed, absmax, nested_absmax, nested_quant_map, nested_offset)
+    weight = _checks.check_weight(op, indices.device, weight, shape, block_size, quant_type)
+    output: Tensor = _embedding_4bit(indices.long(), *weight, shape, block_size, quant_type, dtype)
+    return output
 
 
-@torch.library.register_fake("qlora::embedding_4bit")
-def _(
+def _embedding_4bit_fake(
     indices: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -560,4 +443,5 @@ def _(
     return indices.new_empty((*indices.shape, shape[1]), dtype=dtype)
 
 
+torch.library.register_fake("qlora::embedding_4bit", _embedding_4bit_fake)
 torch.library.register_autograd("qlora::embedding_4bit", _no_gradient, setup_context=_mark_outputs)

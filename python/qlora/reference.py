@@ -22,7 +22,8 @@ _CODES = {
         *(0.7229568362236023, 1.0),
     ],
     "fp4": [
-        *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
+        *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5),
+        *(0.1666666716337204, 0.25),
         *(-0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5),
         *(-0.1666666716337204, -0.25),
     ],
@@ -30,8 +31,8 @@ _CODES = {
 # Code c of NF4 serves thresholds[c - 1] < x <= thresholds[c]. These are the float32 values of the CUDA kernels' decimal
 # literals; four of those lie half-way between two float32, and read as float64 first they would round to the other one.
 _NF4_THRESHOLDS = [
-    *(-0.84809643, -0.610632896, -0.45999527, -0.33967942, -0.234607399, -0.137911737, -0.0455250181, 0.0397901498),
-    *(0.120255254, 0.203521252, 0.292013764, 0.389312536, 0.501663387, 0.64278692, 0.861478388),
+    *(-0.84809643, -0.610632896, -0.45999527, -0.33967942, -0.234607399, -0.137911737, -0.0455250181),
+    *(0.0397901498, 0.120255254, 0.203521252, 0.292013764, 0.389312536, 0.501663387, 0.64278692, 0.861478388),
 ]
 # The i-th smallest magnitude of FP4 serves thresholds[i - 1] < |x| <= thresholds[i]; its code is order[i]. Some are
 # rounded decimals, not midpoints: the format's own.
@@ -132,7 +133,9 @@ def nested_quant_map(device: torch.device | str = "cpu") -> Tensor:
     return torch.cat(values).sort().values.to(device)
 
 
-def quantize_absmax(absmax: Tensor, nested_offset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_absmax(
+    absmax: Tensor, nested_offset: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """float32 [n] -> codes uint8 [n], nested_absmax [ceil(n / 256)], nested_quant_map [256], nested_offset [].
 
     codes[b] is the entry of the map nearest to (absmax[b] - offset) / nested_absmax[b / 256]; half-way cases take the

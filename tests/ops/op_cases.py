@@ -90,7 +90,11 @@ def linear_tolerance(x: Tensor, weight: Tensor, expected: Tensor, dtype: torch.d
     half_step = info.eps / 2 if dtype is not torch.float32 else 0.0
     magnitude = x.double().abs() @ weight.double().abs().T
     relative = x.shape[-1] * torch.finfo(torch.float32).eps + half_step
-    return relative * magnitude + info.eps / 2 * (expected.abs() + relative * magnitude) + info.smallest_normal * info.eps
+    return (
+        relative * magnitude
+        + info.eps / 2 * (expected.abs() + relative * magnitude)
+        + info.smallest_normal * info.eps
+    )
 
 
 @dataclass
@@ -123,12 +127,12 @@ def make_call(name: str, device: str, *, is_nested: bool = True, dtype: torch.dt
     queue = torch.ops.qlora
     if name == "quantize_4bit":
         x = randn(5, 77, seed=3, dtype=dtype, device=device)
-        return Call(lambda x: ops.quantize_4bit(x), (x,), queue.quantize_4bit.default, (x, 64, "nf4"))
+        return Call(ops.quantize_4bit, (x,), queue.quantize_4bit.default, (x, 64, "nf4"))
     if name == "quantize_absmax":
         absmax = randn(300, seed=4, device=device).abs()
         _, _, quant_map, offset = reference.quantize_absmax(absmax)
         raw_args = (absmax, offset, quant_map)
-        return Call(lambda absmax: ops.quantize_absmax(absmax), (absmax,), queue.quantize_absmax.default, raw_args)
+        return Call(ops.quantize_absmax, (absmax,), queue.quantize_absmax.default, raw_args)
     if name == "dequantize_absmax":
         tensors = reference.quantize_absmax(randn(300, seed=4, device=device).abs())
         return Call(ops.dequantize_absmax, tensors, queue.dequantize_absmax.default, tensors)
@@ -150,11 +154,15 @@ def make_call(name: str, device: str, *, is_nested: bool = True, dtype: torch.dt
     if name == "linear_4bit_grad_input":
         dy = randn(3, 4, 37, seed=5, dtype=dtype, device=device)
         raw_args = (dy, *weight.tensors, weight.shape, *form)
-        return _with_weight(ops.linear_4bit_grad_input, weight, dy, queue.linear_4bit_grad_input.default, raw_args)
+        return _with_weight(
+            ops.linear_4bit_grad_input, weight, dy, queue.linear_4bit_grad_input.default, raw_args
+        )
     if name == "embedding_4bit":
         indices = torch.tensor([[0, 36, 5], [5, 1, 2]], device=device)
         raw_args = (indices, *weight.tensors, weight.shape, *form, dtype)
-        return _with_weight(ops.embedding_4bit, weight, indices, queue.embedding_4bit.default, raw_args, dtype=dtype)
+        return _with_weight(
+            ops.embedding_4bit, weight, indices, queue.embedding_4bit.default, raw_args, dtype=dtype
+        )
     raise ValueError(name)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal
 from op_cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, make_weight
 
-from qlora import ops
+from assertions import assert_bitwise_equal
+from qlora import ops, reference
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -17,7 +17,9 @@ from qlora import ops
 def test_values_equal_the_reference(
     quant_type: str, block_size: int, is_nested: bool, dtype: torch.dtype, device: str
 ) -> None:
-    weight = make_weight(13, 1027, device=device, block_size=block_size, quant_type=quant_type, is_nested=is_nested)
+    weight = make_weight(
+        13, 1027, device=device, block_size=block_size, quant_type=quant_type, is_nested=is_nested
+    )
     values = ops.dequantize_4bit(*weight.args, **weight.kwargs, dtype=dtype)
     assert_bitwise_equal(values, weight.dense.to(dtype))
 
@@ -51,10 +53,6 @@ def test_extreme_scales_round_as_the_reference(scale: float, dtype: torch.dtype,
     weight = make_weight(4, 64, device=device)
     absmax = torch.full_like(weight.absmax, scale)
     values = ops.dequantize_4bit(weight.packed, absmax, weight.shape, **weight.kwargs, dtype=dtype)
-    codes = weight.dense.cpu() / weight.absmax.cpu()[:, None]
-    del codes
-    from qlora import reference
-
     expected = reference.dequantize_4bit(
         weight.packed.cpu(), absmax.cpu(), weight.shape, **weight.format, dtype=dtype
     )

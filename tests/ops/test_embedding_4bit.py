@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal
 from op_cases import DTYPES, QUANT_TYPES, SHAPES, make_weight
 
+from assertions import assert_bitwise_equal
 from qlora import ops
 
 
@@ -32,7 +32,9 @@ def test_indices_may_be_int32_and_of_any_shape(device: str) -> None:
         assert_bitwise_equal(
             ops.embedding_4bit(moved.int(), *weight.args, **weight.kwargs, dtype=torch.float32), expected
         )
-        assert_bitwise_equal(ops.embedding_4bit(moved, *weight.args, **weight.kwargs, dtype=torch.float32), expected)
+        assert_bitwise_equal(
+            ops.embedding_4bit(moved, *weight.args, **weight.kwargs, dtype=torch.float32), expected
+        )
 
 
 @pytest.mark.parametrize("index", [-1, 11, 2**40])

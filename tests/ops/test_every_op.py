@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal
 from op_cases import QUANT_TYPES, as_tuple, make_call, make_weight, randn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map_only
 
+from assertions import assert_bitwise_equal
 from qlora import ops
 
 OPS = (
@@ -40,7 +40,9 @@ def test_list_is_complete() -> None:
     assert set(ops.__all__) == set(OPS)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # opcheck's own
 @pytest.mark.parametrize("is_nested", [False, True])
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck_passes(name: str, is_nested: bool, device: str) -> None:
@@ -234,7 +236,9 @@ def test_a_weight_on_another_device_is_named(name: str) -> None:
     tensors = list(call.tensors)
     position = 1 if name == "dequantize_4bit" else 2
     tensors[position] = tensors[position].cpu()
-    with pytest.raises(TypeError, match=rf"qlora\.{name}: absmax: expected a tensor on cuda:0, got .* on cpu"):
+    with pytest.raises(
+        TypeError, match=rf"qlora\.{name}: absmax: expected a tensor on cuda:0, got .* on cpu"
+    ):
         call.function(*tensors)
 
 
@@ -264,15 +268,25 @@ def test_direct_calls_do_not_read_out_of_bounds() -> None:
     weight = make_weight(16, 64)
     x = randn(3, 64, seed=1)
     raw = torch.ops.qlora.linear_4bit
-    with pytest.raises(RuntimeError, match=r"qlora\.linear_4bit: packed: expected at least 512 values, got 100"):
+    with pytest.raises(
+        RuntimeError, match=r"qlora\.linear_4bit: packed: expected at least 512 values, got 100"
+    ):
         raw(x, weight.packed[:100], weight.absmax, None, None, None, None, (16, 64), 64, "nf4")
     with pytest.raises(RuntimeError, match=r"qlora\.linear_4bit: absmax: expected at least 16 values, got 3"):
         raw(x, weight.packed, weight.absmax[:3], None, None, None, None, (16, 64), 64, "nf4")
-    with pytest.raises(RuntimeError, match=r"qlora\.linear_4bit: input: expected a last dimension of 64, got 63"):
+    with pytest.raises(
+        RuntimeError, match=r"qlora\.linear_4bit: input: expected a last dimension of 64, got 63"
+    ):
         raw(x[:, :63], weight.packed, weight.absmax, None, None, None, None, (16, 64), 64, "nf4")
-    with pytest.raises(RuntimeError, match=r"qlora\.quantize_4bit: block_size: expected a power of two .*, got 48"):
+    with pytest.raises(
+        RuntimeError, match=r"qlora\.quantize_4bit: block_size: expected a power of two .*, got 48"
+    ):
         torch.ops.qlora.quantize_4bit(x, 48, "nf4")
-    with pytest.raises(RuntimeError, match=r"qlora\.quantize_4bit: quant_type: expected nf4 or fp4, got int4"):
+    with pytest.raises(
+        RuntimeError, match=r"qlora\.quantize_4bit: quant_type: expected nf4 or fp4, got int4"
+    ):
         torch.ops.qlora.quantize_4bit(x, 64, "int4")
-    with pytest.raises(RuntimeError, match=r"qlora\.quantize_4bit: input: expected float32, float16 or bfloat16"):
+    with pytest.raises(
+        RuntimeError, match=r"qlora\.quantize_4bit: input: expected float32, float16 or bfloat16"
+    ):
         torch.ops.qlora.quantize_4bit(x.double(), 64, "nf4")

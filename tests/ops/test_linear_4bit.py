@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal, assert_within
 from op_cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, Weight, linear_tolerance, make_weight, randn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from assertions import assert_bitwise_equal, assert_within
 from qlora import ops, reference
 
 LEADS = ((1,), (2, 3), (17,), (130,))
@@ -47,7 +47,9 @@ def test_values_and_input_gradient_equal_float64(
         weight = make_weight(n, k, device=device, is_nested=is_nested)
         check_forward(randn(*lead, k, seed=2, dtype=dtype, device=device), weight)
         check_forward(
-            randn(*lead, k, seed=2, dtype=dtype, device=device), weight, randn(n, seed=3, dtype=dtype, device=device)
+            randn(*lead, k, seed=2, dtype=dtype, device=device),
+            weight,
+            randn(n, seed=3, dtype=dtype, device=device),
         )
         check_backward(randn(*lead, n, seed=4, dtype=dtype, device=device), weight)
 
@@ -56,7 +58,9 @@ def test_values_and_input_gradient_equal_float64(
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_every_format_equals_float64(quant_type: str, block_size: int, is_nested: bool, device: str) -> None:
-    weight = make_weight(40, 136, device=device, block_size=block_size, quant_type=quant_type, is_nested=is_nested)
+    weight = make_weight(
+        40, 136, device=device, block_size=block_size, quant_type=quant_type, is_nested=is_nested
+    )
     for m in (1, 9):
         check_forward(randn(m, 136, seed=2, device=device), weight)
         check_backward(randn(m, 40, seed=3, device=device), weight)
@@ -103,14 +107,22 @@ def test_a_zero_weight_gives_the_bias(device: str) -> None:
     packed, absmax = ops.quantize_4bit(torch.zeros(6, 64, device=device))
     bias = randn(6, seed=1, device=device)
     y = ops.linear_4bit(
-        randn(3, 64, seed=2, device=device), packed, absmax, (6, 64), block_size=64, quant_type="nf4", bias=bias
+        randn(3, 64, seed=2, device=device),
+        packed,
+        absmax,
+        (6, 64),
+        block_size=64,
+        quant_type="nf4",
+        bias=bias,
     )
     assert_bitwise_equal(y, bias.expand(3, 6))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_nested", [False, True])
-def test_gradients_towards_input_and_bias_equal_float64(is_nested: bool, dtype: torch.dtype, device: str) -> None:
+def test_gradients_towards_input_and_bias_equal_float64(
+    is_nested: bool, dtype: torch.dtype, device: str
+) -> None:
     weight = make_weight(20, 48, device=device, is_nested=is_nested)
     x = randn(2, 5, 48, seed=1, dtype=dtype, device=device).requires_grad_()
     bias = randn(20, seed=2, dtype=dtype, device=device).requires_grad_()
@@ -123,7 +135,11 @@ def test_gradients_towards_input_and_bias_equal_float64(is_nested: bool, dtype: 
     assert_within(dx, expected.reshape(x.shape), tolerance.reshape(x.shape))
     total = rows.double().sum(0)
     info = torch.finfo(dtype)
-    assert_within(dbias, total, 10 * torch.finfo(torch.float32).eps * rows.double().abs().sum(0) + info.eps * total.abs())
+    assert_within(
+        dbias,
+        total,
+        10 * torch.finfo(torch.float32).eps * rows.double().abs().sum(0) + info.eps * total.abs(),
+    )
 
 
 def test_gradient_is_the_slope_of_the_forward_pass(device: str) -> None:

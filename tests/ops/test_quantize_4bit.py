@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal, assert_codes_agree, assert_within
 from op_cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, randn
 
+from assertions import assert_bitwise_equal, assert_codes_agree, assert_within
 from qlora import ops, reference
 
 NAN, INF = math.nan, math.inf
@@ -35,7 +35,9 @@ def test_codes_and_scales_equal_the_reference(
 
 @pytest.mark.parametrize("shape", [*SHAPES, (1,), (2, 3, 5), (63,), (64,), (65,), (8191,)])
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_odd_and_straddling_shapes_equal_the_reference(quant_type: str, shape: tuple[int, ...], device: str) -> None:
+def test_odd_and_straddling_shapes_equal_the_reference(
+    quant_type: str, shape: tuple[int, ...], device: str
+) -> None:
     for dtype in DTYPES:
         check(randn(*shape, seed=1, dtype=dtype, device=device), 64, quant_type)
 
@@ -44,7 +46,9 @@ def test_odd_and_straddling_shapes_equal_the_reference(quant_type: str, shape: t
 def test_values_on_and_beside_each_threshold_take_the_right_code(quant_type: str, device: str) -> None:
     thresholds = reference.decision_thresholds(quant_type)
     infinity = torch.tensor(INF)
-    values = torch.cat([thresholds, torch.nextafter(thresholds, infinity), torch.nextafter(thresholds, -infinity)])
+    values = torch.cat(
+        [thresholds, torch.nextafter(thresholds, infinity), torch.nextafter(thresholds, -infinity)]
+    )
     for absmax in (1.0, 4.0, 2.0**-100):  # a power of two: scaling is exact on every device
         x = torch.nn.functional.pad(values, (0, 63 - values.numel()))
         x = (torch.cat([x, torch.ones(1)]) * absmax).to(device)
@@ -66,7 +70,9 @@ def test_every_code_quantises_to_itself(quant_type: str, device: str) -> None:
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_dequantise_inverts_quantise_within_half_a_step(quant_type: str, block_size: int, device: str) -> None:
+def test_dequantise_inverts_quantise_within_half_a_step(
+    quant_type: str, block_size: int, device: str
+) -> None:
     x = randn(5, 1001, seed=2, device=device)
     packed, absmax = ops.quantize_4bit(x, block_size, quant_type)
     back = ops.dequantize_4bit(
@@ -142,7 +148,9 @@ def test_odd_count_fills_the_last_nibble_with_the_code_of_zero(device: str) -> N
     assert ops.quantize_4bit(x, quant_type="fp4")[0][1].item() & 0xF == 0
 
 
-@pytest.mark.parametrize("storage", [torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "storage", [torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
 @pytest.mark.parametrize("n", [1, 30, 31, 64, 1023])
 def test_storage_dtype_views_the_same_bytes(storage: torch.dtype, n: int, device: str) -> None:
     x = randn(n, seed=4, device=device)
@@ -155,7 +163,8 @@ def test_storage_dtype_views_the_same_bytes(storage: torch.dtype, n: int, device
     assert content[expected.numel() :].eq(0).all()
     back = ops.dequantize_4bit(packed, absmax, x.shape, block_size=64, quant_type="nf4", dtype=torch.float32)
     assert_bitwise_equal(
-        back, ops.dequantize_4bit(expected, absmax, x.shape, block_size=64, quant_type="nf4", dtype=torch.float32)
+        back,
+        ops.dequantize_4bit(expected, absmax, x.shape, block_size=64, quant_type="nf4", dtype=torch.float32),
     )
 
 
