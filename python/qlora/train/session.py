@@ -1,0 +1,389 @@
+"""One training session, from configuration to artifacts.
+
+load -> quantise -> adapter -> held-out loss and samples -> training -> held-out loss and samples -> artifacts
+
+`output_dir` afterwards: the adapter and tokenizer, args.yaml (a CONFIG for another run), args.json, metrics.jsonl (one
+log a line), metrics.json, loss.png, samples.md and the last checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import platform
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from qlora.train import checkpoints, data, default_task, example, files, samples, smollm2
+from qlora.train import model as models
+from qlora.train.config import Config, ConfigError, QloraArguments
+
+DEFAULT_OUTPUT_DIR = "qlora-output"
+INTERRUPTED = 130
+
+# Defaults for a dataset of the user's own, over TRL's. Where TRL and transformers differ from common QLoRA practice.
+DEFAULTS: dict[str, Any] = {
+    "output_dir": DEFAULT_OUTPUT_DIR,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "num_train_epochs": 1.0,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 4,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+
+
+@dataclass
+class Prepared:
+    """What training needs, before any of it has run."""
+
+    arguments: QloraArguments
+    trainer: Any
+    tokenizer: Any
+    interrupt: Any
+    samples: list[samples.Sample]
+    has_held_out: bool
+    title: str
+
+
+@dataclass
+class Measured:
+    """Held-out loss (None without held-out data) and the samples' answers at one moment."""
+
+    loss: float | None
+    answers: list[str]
+
+
+def run(config: Config, *, resume: str | None, dry_run: bool) -> int:
+    """Runs the session; returns the exit status (130 where Ctrl-C stopped it)."""
+    output_dir = Path(config.sft.get("output_dir") or DEFAULT_OUTPUT_DIR)
+    checkpoint = None if resume is None else _find_checkpoint(output_dir, resume)
+    if checkpoint is not None:
+        output_dir = checkpoint.parent
+    elif not dry_run:
+        _make_room(output_dir, config)
+    device = models.pick_device(bool(config.sft.get("use_cpu")))
+    defaults = _defaults(config, device, output_dir)
+    prepared = _prepare(config, defaults, device, output_dir)
+    _print_plan(prepared, device)
+    if dry_run:
+        print("dry run: nothing was trained or written")
+        return 0
+    _write_arguments(output_dir, config, defaults)
+    before = _measure_before(prepared, output_dir, resumed=checkpoint is not None)
+    with _stop_on_interrupt(prepared.interrupt):
+        result = prepared.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _write_history(output_dir, prepared.trainer)
+    if prepared.interrupt.requested:
+        _print_interrupted(output_dir, prepared.trainer)
+        return INTERRUPTED
+    if prepared.interrupt.out_of_time:
+        print(f"max_minutes: stopped after {prepared.arguments.max_minutes} minutes")
+    after = _measure(prepared)
+    _write_results(output_dir, prepared, before, after, result, device)
+    return 0
+
+
+def _defaults(config: Config, device: torch.device, output_dir: Path) -> dict[str, Any]:
+    dtype = config.ours.get("dtype") or models.default_dtype(device)
+    defaults = DEFAULTS | {
+        "dtype": dtype,
+        # The model itself is in 16 bit, so that autocast has nothing to add; float16 needs its loss scaling.
+        "bf16": False,
+        "fp16": dtype == "float16" and device.type == "cuda",
+        "use_cpu": device.type == "cpu",
+        "gradient_checkpointing": device.type == "cuda",
+        "dataloader_pin_memory": device.type == "cuda",
+    }
+    if "dataset_name" not in config.ours:
+        defaults |= default_task.settings(device)
+    return defaults | {"output_dir": str(output_dir)}
+
+
+def _prepare(config: Config, defaults: dict[str, Any], device: torch.device, output_dir: Path) -> Prepared:
+    from qlora.train import trainer as training
+
+    arguments = config.arguments(defaults)
+    sft = _sft_config(config, defaults | {"output_dir": str(output_dir)}, output_dir)
+    name = arguments.model_name_or_path
+    title = name or smollm2.NAME
+    if name is None:
+        name = str(smollm2.model_directory())
+    tokenizer = models.load_tokenizer(name, arguments.model_revision, sft.trust_remote_code)
+    train, held_out = _datasets(arguments, sft, tokenizer)
+    torch.manual_seed(sft.seed)
+    print(f"loading {title} ...", flush=True)
+    model = models.load_model(
+        name, arguments, device=device, dtype=defaults_dtype(config, defaults), trust_remote_code=sft.trust_remote_code
+    )
+    model = models.add_adapter(model, arguments)
+    interrupt = training.Interrupt(arguments.max_minutes)
+    trainer = training.Trainer(
+        model=model,
+        args=sft,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=[interrupt],
+    )
+    training.use_short_progress(trainer)
+    chosen = [] if held_out is None else held_out.select(range(min(arguments.num_samples, len(held_out)))).to_list()
+    return Prepared(
+        arguments,
+        trainer,
+        tokenizer,
+        interrupt,
+        samples.make_samples(chosen, tokenizer, sft.dataset_text_field),
+        held_out is not None,
+        title,
+    )
+
+
+def defaults_dtype(config: Config, defaults: dict[str, Any]) -> str:
+    dtype = str(config.ours.get("dtype") or defaults["dtype"])
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ConfigError(f"dtype: expected bfloat16, float16 or float32, got {dtype!r}")
+    return dtype
+
+
+def _sft_config(config: Config, defaults: dict[str, Any], output_dir: Path) -> Any:
+    import warnings
+
+    with warnings.catch_warnings():
+        # TRL sets the deprecated spelling itself.
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+        return dataclasses.replace(config, sft={**config.sft, "output_dir": str(output_dir)}).sft_config(defaults)
+
+
+def _datasets(arguments: QloraArguments, sft: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Training and held-out examples as TRL takes them."""
+    from datasets import Dataset
+
+    if arguments.dataset_name is None:
+        train, held_out = (Dataset.from_list(part) for part in default_task.examples(tokenizer))
+        print(f"data: docstrings of the Python {platform.python_version()} standard library", end="")
+    else:
+        raw, raw_held_out = data.train_and_held_out(arguments, sft.seed)
+        train = _convert(raw, sft, tokenizer)
+        held_out = None if raw_held_out is None else _convert(raw_held_out, sft, tokenizer)
+        kind = data.recognise(raw.column_names, sft.dataset_text_field).name
+        print(f"data: {arguments.dataset_name} ({kind})", end="")
+    if held_out is not None and 0 < arguments.eval_samples < len(held_out):
+        held_out = held_out.select(range(arguments.eval_samples))
+    print(f", {len(train):,} examples to train on, {0 if held_out is None else len(held_out):,} held out")
+    return train, held_out
+
+
+def _convert(raw: Any, sft: Any, tokenizer: Any) -> Any:
+    form = data.recognise(raw.column_names, sft.dataset_text_field)
+    if sft.assistant_only_loss:
+        return data.keep_conversations(raw, form)
+    return data.convert(raw, form, has_template=bool(tokenizer.chat_template) or sft.chat_template_path is not None)
+
+
+def _find_checkpoint(output_dir: Path, resume: str) -> Path:
+    checkpoint, skipped = checkpoints.to_resume(output_dir, resume)
+    for directory in skipped:
+        print(f"resume: skipping {directory}, which was not written to its end")
+    print(f"resuming from {checkpoint}")
+    return checkpoint
+
+
+def _make_room(output_dir: Path, config: Config) -> None:
+    """Before a fresh run: checkpoints of a finished run go; those of an unfinished one only if the user says so."""
+    old = checkpoints.checkpoints(output_dir)
+    if old and not (output_dir / "metrics.json").exists() and not config.ours.get("overwrite_output_dir"):
+        raise ConfigError(
+            f"output_dir: {output_dir} holds an unfinished run ({old[-1].name}): add --resume to continue it, choose "
+            "another --output_dir, or delete its checkpoints with --overwrite_output_dir"
+        )
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"output_dir: expected a directory, {output_dir} is a file")
+    for directory in old:
+        checkpoints.remove(directory)
+    for name in ("metrics.json", "before.json"):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def _print_plan(prepared: Prepared, device: torch.device) -> None:
+    trainer, arguments = prepared.trainer, prepared.arguments
+    first = trainer.train_dataset[0]
+    print(example.render(first["input_ids"], first["labels"], prepared.tokenizer))
+    _print_cut(trainer)
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    base = f"{arguments.quant_type}, block {arguments.block_size}" if arguments.load_in_4bit else "not quantised"
+    print(f"LoRA r={arguments.lora_r} on a base in {base}: {trainable:,} trainable parameters; {where}", flush=True)
+
+
+def _print_cut(trainer: Any) -> None:
+    limit = trainer.args.max_length
+    if limit is None or trainer.args.packing:
+        return
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    cut = sum(length >= limit for length in lengths)
+    if cut:
+        print(f"  {cut:,} of {len(lengths):,} examples reach max_length {limit} and are cut there")
+
+
+def _write_arguments(output_dir: Path, config: Config, defaults: dict[str, Any]) -> None:
+    """args.yaml and args.json: the given keys over the defaults that were in force, one file a CONFIG for a rerun."""
+    import yaml
+
+    effective = {**defaults, **config.given, "output_dir": str(output_dir)}
+    effective.pop("overwrite_output_dir", None)
+    content = yaml.safe_dump(effective, sort_keys=True, allow_unicode=True)
+    files.write_text(output_dir / "args.yaml", content)
+    files.write_json(output_dir / "args.json", effective)
+
+
+def _measure_before(prepared: Prepared, output_dir: Path, *, resumed: bool) -> Measured:
+    """Measures the untrained adapter, or reads what the interrupted run measured."""
+    path = output_dir / "before.json"
+    if resumed:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Measured(**json.loads(path.read_text()))
+    before = _measure(prepared)
+    files.write_json(path, dataclasses.asdict(before))
+    return before
+
+
+def _measure(prepared: Prepared) -> Measured:
+    loss = None
+    if prepared.has_held_out:
+        loss = float(prepared.trainer.evaluate()["eval_loss"])
+    answers: list[str] = []
+    if prepared.samples:
+        answers = samples.generate(
+            prepared.trainer.model,
+            prepared.tokenizer,
+            [sample.prompt for sample in prepared.samples],
+            prepared.arguments.sample_tokens,
+            is_templated=prepared.samples[0].is_templated,
+        )
+    return Measured(loss, answers)
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt(interrupt: Any) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) asks for a stop after the running step; the second one is an ordinary one."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        interrupt.requested = True
+        signal.signal(signal.SIGINT, old[signal.SIGINT])
+        print("\nstopping after this step with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _print_interrupted(output_dir: Path, trainer: Any) -> None:
+    state = trainer.state
+    again = "" if str(output_dir) == DEFAULT_OUTPUT_DIR else f" --output_dir {output_dir}"
+    print(f"stopped at step {state.global_step} of {state.max_steps}. To continue: qlora train --resume{again}")
+
+
+def _write_history(output_dir: Path, trainer: Any) -> None:
+    if trainer.is_world_process_zero():
+        lines = [json.dumps(entry) for entry in trainer.state.log_history]
+        files.write_text(output_dir / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def _write_results(
+    output_dir: Path, prepared: Prepared, before: Measured, after: Measured, result: Any, device: torch.device
+) -> None:
+    from qlora.train.plot import write_loss_plot
+
+    trainer = prepared.trainer
+    if not trainer.is_world_process_zero():
+        return
+    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=output_dir) as scratch:
+        trainer.model.save_pretrained(scratch)
+        prepared.tokenizer.save_pretrained(scratch)
+        files.move_files(Path(scratch), output_dir)
+    if prepared.samples:
+        text = samples.as_markdown(prepared.samples, before.answers, after.answers, f"{prepared.title}: samples")
+        files.write_text(output_dir / "samples.md", text)
+    history = trainer.state.log_history
+    write_loss_plot(output_dir / "loss.png", history, _held_out_points(prepared, before, after), prepared.title)
+    metrics = _metrics(prepared, before, after, result, device)
+    files.write_json(output_dir / "metrics.json", metrics)
+    (output_dir / "before.json").unlink(missing_ok=True)
+    _print_results(output_dir, prepared, before, after, metrics)
+
+
+def _held_out_points(prepared: Prepared, before: Measured, after: Measured) -> list[tuple[int, float]]:
+    state = prepared.trainer.state
+    points = [(entry["step"], entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry]
+    ends = ((0, before.loss), (state.global_step, after.loss))
+    return points + [(step, loss) for step, loss in ends if loss is not None]
+
+
+def _metrics(prepared: Prepared, before: Measured, after: Measured, result: Any, device: torch.device) -> dict[str, Any]:
+    trainer = prepared.trainer
+    logs = [entry for entry in trainer.state.log_history if "tokens_per_s" in entry]
+    change = None
+    if before.loss is not None and after.loss is not None:
+        change = 100 * (after.loss / before.loss - 1)
+    names = ("qlora-kernels", "torch", "transformers", "peft", "trl")
+    return {
+        "model": prepared.title,
+        "held_out_loss": {"before": before.loss, "after": after.loss, "change_percent": change},
+        "steps": trainer.state.global_step,
+        "training_loss": result.training_loss,
+        "seconds_in_steps": round(trainer.speed.total_seconds, 2),
+        "tokens_per_s": logs[-1]["tokens_per_s"] if logs else None,
+        "peak_memory_gb": max((entry["peak_memory_gb"] for entry in logs), default=None),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "threads": None if device.type == "cuda" else torch.get_num_threads(),
+        "versions": {name: _version(name) for name in names} | {"python": platform.python_version()},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _print_results(
+    output_dir: Path, prepared: Prepared, before: Measured, after: Measured, metrics: dict[str, Any]
+) -> None:
+    for sample, old, new in zip(prepared.samples, before.answers, after.answers, strict=True):
+        print(f"\n{_shorten(sample.shown, 6)}\n  wanted: {_one_line(sample.wanted)}")
+        print(f"  before: {_one_line(old)}\n  after:  {_one_line(new)}")
+    print(f"\ntrained {metrics['steps']} steps in {metrics['seconds_in_steps']:.0f} s")
+    if before.loss is not None and after.loss is not None:
+        change = metrics["held_out_loss"]["change_percent"]
+        print(f"held-out loss: {before.loss:.3f} -> {after.loss:.3f} ({change:+.1f} %)")
+    print(f"written to {output_dir}: the adapter, loss.png, metrics.json, metrics.jsonl, samples.md, args.yaml")
+
+
+def _one_line(text: str, width: int = 110) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def _shorten(text: str, lines: int) -> str:
+    parts = text.splitlines()
+    return "\n".join(parts if len(parts) <= lines else [*parts[: lines - 1], "    ..."])
