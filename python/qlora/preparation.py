@@ -79,6 +79,7 @@ def _enable_checkpointing(base: Any, use_reentrant: bool) -> None:
             f"qlora.prepare: gradient_checkpointing: expected a transformers model that supports it, got "
             f"{type(base).__name__}; pass gradient_checkpointing=False"
         )
+    had_hooks = bool(getattr(base, "_require_grads_hooks", None))
     # transformers 5.23 renamed it; the old name goes with transformers 6.
     if hasattr(base, "activation_checkpointing_enable"):
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
@@ -86,6 +87,8 @@ def _enable_checkpointing(base: Any, use_reentrant: bool) -> None:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     if use_reentrant:
         base.enable_input_require_grads()
+    elif not had_hooks and getattr(base, "_require_grads_hooks", None):
+        base.disable_input_require_grads()  # transformers enables it with any checkpointing
 
 
 def _use_low_memory_loss(base: Any) -> None:
