@@ -9,9 +9,7 @@
 namespace qlora::cpu::QLORA_LEVEL {
 namespace {
 
-constexpr int kMaxFewRows = 8;  // Rows of one pass.
-
-// Sums of one pass, kRows x this many vectors, fit the registers.
+// kRows x this many vectors of sums fit the registers.
 template <int kRows>
 constexpr int kFewVectors = 4 * kRows <= kMaxFewSums   ? 4
                             : 2 * kRows <= kMaxFewSums ? 2
@@ -53,11 +51,11 @@ struct Sums {
   }
 };
 
-// input [kRows, kDepth] = rows [row, row + kRows), columns [begin, begin + depth) as fp32.
+// input [kRows, kDepth] = columns [begin, begin + depth) as fp32.
 template <qlora_dtype kType, int kRows>
-inline void load_few_rows(const Product& product, int64_t row, int64_t begin, int64_t depth, float* input) {
+inline void load_few_rows(const Product& product, int64_t begin, int64_t depth, float* input) {
   for (int r = 0; r < kRows; ++r) {
-    const int64_t from = (row + r) * product.depth + begin;
+    const int64_t from = r * product.depth + begin;
     int64_t d = 0;
     for (; d + kWidth <= depth; d += kWidth) store(input + r * kDepth + d, load_as<kType>(product.input, from + d));
     if (d < depth) store(input + r * kDepth + d, load_partial_as<kType>(product.input, from + d, depth - d));
@@ -93,14 +91,14 @@ __attribute__((noinline)) void add_few_rows(const FewRowsSpace& space, const Tra
 }
 
 template <qlora_dtype kType, int kRows>
-inline void multiply_few_rows(const Product& product, int64_t row, const TransposedPanel& weight) {
+inline void multiply_few_rows(const Product& product, const TransposedPanel& weight) {
   constexpr int kVectors = kFewVectors<kRows>, kCols = kVectors * kWidth;
   const FewRowsSpace space = few_rows_space();
   for (int64_t col = product.begin / kCols * kCols; col < product.end; col += kCols) {
     int64_t begin = 0;
     do {
       const int64_t depth = smaller(kDepth, product.depth - begin);
-      load_few_rows<kType, kRows>(product, row, begin, depth, space.input);
+      load_few_rows<kType, kRows>(product, begin, depth, space.input);
       weight.load_scales<kCols>(col, begin, depth, space.scales);
       for (int v = 0; v < kVectors; ++v) {
         weight.load_words(col + v * kWidth, begin, depth, kCols, space.words + v * kWidth);
@@ -108,7 +106,7 @@ inline void multiply_few_rows(const Product& product, int64_t row, const Transpo
       add_few_rows<kRows>(space, weight, depth, begin == 0);
       begin += depth;
     } while (begin < product.depth);
-    write_tile<kType>(product, space.sums, row, kRows, col, kCols);
+    write_tile<kType>(product, space.sums, 0, kRows, col, kCols);
   }
 }
 
@@ -144,7 +142,7 @@ __attribute__((noinline)) void add_few_rows(const FewRowsSpace& space, const Pan
 }
 
 template <qlora_dtype kType, int kRows>
-inline void multiply_few_rows(const Product& product, int64_t row, const Panel& panel) {
+inline void multiply_few_rows(const Product& product, const Panel& panel) {
   constexpr int kCols = kFewVectors<kRows> * kWidth;
   const FewRowsSpace space = few_rows_space();
   const bool has_one_scale = values_per_scale(panel.weight) >= kCols;
@@ -152,7 +150,7 @@ inline void multiply_few_rows(const Product& product, int64_t row, const Panel& 
     int64_t begin = 0;
     do {
       const int64_t depth = smaller(kDepth, product.depth - begin);
-      load_few_rows<kType, kRows>(product, row, begin, depth, space.input);
+      load_few_rows<kType, kRows>(product, begin, depth, space.input);
       if (has_one_scale) {
         add_few_rows<kRows, true>(space, panel, col, begin, depth, begin == 0);
       } else {
@@ -160,24 +158,15 @@ inline void multiply_few_rows(const Product& product, int64_t row, const Panel& 
       }
       begin += depth;
     } while (begin < product.depth);
-    write_tile<kType>(product, space.sums, row, kRows, col, kCols);
+    write_tile<kType>(product, space.sums, 0, kRows, col, kCols);
   }
 }
 
+// For at most kMaxFewRows rows and a grouped weight.
 template <qlora_dtype kType, int kRows = kMaxFewRows, class B>
-inline void multiply_few_rows_of(int64_t rows, const Product& product, int64_t row, const B& b) {
-  if (rows == kRows) return multiply_few_rows<kType, kRows>(product, row, b);
-  if constexpr (kRows > 1) multiply_few_rows_of<kType, kRows - 1>(rows, product, row, b);
-}
-
-// All rows, in passes of equal height. For panels whose weight is aligned to groups.
-template <qlora_dtype kType, class B>
 inline void multiply_few(const Product& product, const B& b) {
-  const int64_t passes = (product.m + kMaxFewRows - 1) / kMaxFewRows;
-  const int64_t height = (product.m + passes - 1) / passes;
-  for (int64_t row = 0; row < product.m; row += height) {
-    multiply_few_rows_of<kType>(smaller(height, product.m - row), product, row, b);
-  }
+  if (product.m == kRows) return multiply_few_rows<kType, kRows>(product, b);
+  if constexpr (kRows > 1) multiply_few<kType, kRows - 1>(product, b);
 }
 
 }  // namespace

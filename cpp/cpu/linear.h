@@ -12,7 +12,7 @@ template <class B>
 inline void multiply_by(const Product& product, qlora_dtype dtype, const B& b) {
   with_dtype(dtype, [&](auto type) {
     constexpr qlora_dtype kType = decltype(type)::value;
-    if (product.m <= kFewRowsLimit && b.is_grouped()) return multiply_few<kType>(product, b);
+    if (product.m <= kMaxFewRows && b.is_grouped()) return multiply_few<kType>(product, b);
     multiply_all<kType>(product, b);
   });
 }

@@ -27,20 +27,53 @@ inline Group load_group(const void* x, int64_t i, int64_t count) {
   return group;
 }
 
+// The number of thresholds (at most 15, ascending) below x: by bisection where a look-up is an instruction, else by
+// counting. Table i of the bisection holds the thresholds from 2^i - 1 on.
+struct ThresholdCount {
+  float padded[kNumCodes + 3];
+  Table from[3];
+
+  template <int kNum>
+  explicit ThresholdCount(const float (&thresholds)[kNum]) {
+    for (int i = 0; i < kNumCodes + 3; ++i) padded[i] = i < kNum ? thresholds[i] : __builtin_inff();
+    for (int i = 0; i < 3; ++i) from[i] = load_table(padded + (1 << i) - 1);
+  }
+
+  Ints operator()(Floats x) const {
+    if constexpr (kHasFastLookUp) {
+      Ints count = if_greater(x, broadcast(padded[7]), broadcast_int(8));
+      count = bit_or(count, if_greater(x, look_up(from[2], count), broadcast_int(4)));
+      count = bit_or(count, if_greater(x, look_up(from[1], count), broadcast_int(2)));
+      return bit_or(count, if_greater(x, look_up(from[0], count), broadcast_int(1)));
+    } else {
+      Ints count = broadcast_int(0);
+      for (int i = 0; i < kNumCodes - 1; ++i)
+        count = add_ints(count, if_greater(x, broadcast(padded[i]), broadcast_int(1)));
+      return count;
+    }
+  }
+};
+
 template <Format kFormat>
-inline Ints nearest_code(Floats scaled) {
-  Ints code = broadcast_int(0);
-  if constexpr (kFormat == Format::kNF4) {
-    for (float threshold : kNF4Thresholds) code = count_if_greater(code, scaled, broadcast(threshold));
-    return code;
-  } else {
-    const Floats magnitude = as_floats(bit_and(as_ints(scaled), broadcast_int(kMagnitudeBits)));
-    for (float threshold : kFP4Thresholds) code = count_if_greater(code, magnitude, broadcast(threshold));
+struct NearestCode {
+  ThresholdCount count = make();
+
+  static ThresholdCount make() {
+    if constexpr (kFormat == Format::kNF4) {
+      return ThresholdCount(kNF4Thresholds);
+    } else {
+      return ThresholdCount(kFP4Thresholds);
+    }
+  }
+
+  Ints operator()(Floats scaled) const {
+    if constexpr (kFormat == Format::kNF4) return count(scaled);
+    const Ints place = count(as_floats(bit_and(as_ints(scaled), broadcast_int(kMagnitudeBits))));
     // kFP4MagnitudeOrder: bit 2 flips where bit 1 is set.
-    code = bit_xor(code, shift_left<1>(bit_and(code, broadcast_int(2))));
+    const Ints code = bit_xor(place, shift_left<1>(bit_and(place, broadcast_int(2))));
     return bit_or(code, if_greater(broadcast(0.0f), scaled, broadcast_int(8)));
   }
-}
+};
 
 constexpr bool order_is_flip() {
   for (int i = 0; i < 8; ++i) {
@@ -85,7 +118,8 @@ inline void pack_block(const void* x, int64_t begin, int64_t end, uint8_t* packe
 }
 
 template <qlora_dtype kType, Format kFormat>
-inline float quantize_block(const void* x, int64_t begin, int64_t end, uint8_t* packed) {
+inline float quantize_block(const void* x, int64_t begin, int64_t end, const NearestCode<kFormat>& nearest_code,
+                            uint8_t* packed) {
   Ints largest = broadcast_int(0);
   for (int64_t i = begin; i < end; i += kGroup) {
     const Group group = load_group<kType>(x, i, end - i);
@@ -107,21 +141,27 @@ inline float quantize_block(const void* x, int64_t begin, int64_t end, uint8_t* 
   }
   const BlockScaling scaling = block_scaling(absmax);
   const Floats lift = broadcast(scaling.lift), reciprocal = broadcast(scaling.reciprocal);
-  pack_block<kType, kFormat>(x, begin, end, packed, [&](Floats value) {
-    return nearest_code<kFormat>(multiply(multiply(value, lift), reciprocal));
-  });
+  pack_block<kType, kFormat>(x, begin, end, packed,
+                             [&](Floats value) { return nearest_code(multiply(multiply(value, lift), reciprocal)); });
   return absmax;
+}
+
+template <qlora_dtype kType, Format kFormat>
+inline void quantize_blocks(const void* x, int64_t n, int64_t block_size, uint8_t* packed, float* absmax,
+                            int64_t block_begin, int64_t block_end) {
+  const NearestCode<kFormat> nearest_code;
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    const int64_t begin = block * block_size, end = smaller(begin + block_size, n);
+    absmax[block] = quantize_block<kType, kFormat>(x, begin, end, nearest_code, packed);
+  }
 }
 
 inline void quantize(const void* x, qlora_dtype dtype, int64_t n, int64_t block_size, qlora_format format,
                      uint8_t* packed, float* absmax, int64_t block_begin, int64_t block_end) {
   with_dtype(dtype, [&](auto type) {
     constexpr qlora_dtype kType = decltype(type)::value;
-    for (int64_t block = block_begin; block < block_end; ++block) {
-      const int64_t begin = block * block_size, end = smaller(begin + block_size, n);
-      absmax[block] = format == QLORA_NF4 ? quantize_block<kType, Format::kNF4>(x, begin, end, packed)
-                                          : quantize_block<kType, Format::kFP4>(x, begin, end, packed);
-    }
+    const auto run = format == QLORA_NF4 ? quantize_blocks<kType, Format::kNF4> : quantize_blocks<kType, Format::kFP4>;
+    run(x, n, block_size, packed, absmax, block_begin, block_end);
   });
 }
 

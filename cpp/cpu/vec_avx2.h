@@ -12,7 +12,8 @@ constexpr int kWidth = 8;
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 2;
 constexpr int kMaxFewSums = 8;
-constexpr int kFewRowsLimit = 8;
+constexpr int kMaxFewRows = 3;
+constexpr bool kHasFastLookUp = true;
 
 using Floats = __m256;
 using Ints = __m256i;
@@ -28,9 +29,10 @@ inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
 inline Ints broadcast_int(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
-inline Ints greater_mask(Floats a, Floats b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
-inline Ints count_if_greater(Ints count, Floats a, Floats b) { return _mm256_sub_epi32(count, greater_mask(a, b)); }
-inline Ints if_greater(Floats a, Floats b, Ints value) { return _mm256_and_si256(greater_mask(a, b), value); }
+inline Ints if_greater(Floats a, Floats b, Ints value) {
+  return _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)), value);
+}
+inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints bit_and(Ints a, Ints b) { return _mm256_and_si256(a, b); }
 inline Ints bit_or(Ints a, Ints b) { return _mm256_or_si256(a, b); }
 inline Ints bit_xor(Ints a, Ints b) { return _mm256_xor_si256(a, b); }

@@ -12,7 +12,8 @@ constexpr int kWidth = 16;
 constexpr int kTileRows = 12;
 constexpr int kTileVectors = 2;
 constexpr int kMaxFewSums = 16;
-constexpr int kFewRowsLimit = 8;
+constexpr int kMaxFewRows = 8;
+constexpr bool kHasFastLookUp = true;
 
 using Floats = __m512;
 using Ints = __m512i;
@@ -26,12 +27,10 @@ inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
 inline Ints broadcast_int(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
-inline Ints count_if_greater(Ints count, Floats a, Floats b) {
-  return _mm512_mask_add_epi32(count, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), count, broadcast_int(1));
-}
 inline Ints if_greater(Floats a, Floats b, Ints value) {
   return _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), value);
 }
+inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints bit_and(Ints a, Ints b) { return _mm512_and_si512(a, b); }
 inline Ints bit_or(Ints a, Ints b) { return _mm512_or_si512(a, b); }
 inline Ints bit_xor(Ints a, Ints b) { return _mm512_xor_si512(a, b); }

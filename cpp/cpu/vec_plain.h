@@ -13,10 +13,11 @@ namespace qlora::cpu::QLORA_LEVEL {
 namespace {
 
 constexpr int kWidth = 4;
-constexpr int kTileRows = 4;      // Rows of the matrix multiplication's register tile,
-constexpr int kTileVectors = 2;   // and its columns, in vectors.
-constexpr int kMaxFewSums = 8;    // Register sums of a product of few rows (few_rows.h),
-constexpr int kFewRowsLimit = 2;  // and the most rows that are few.
+constexpr int kTileRows = 4;            // Rows of the matrix multiplication's register tile,
+constexpr int kTileVectors = 2;         // and its columns, in vectors.
+constexpr int kMaxFewSums = 8;          // Register sums of a product of few rows (few_rows.h),
+constexpr int kMaxFewRows = 2;          // and the most rows that are few.
+constexpr bool kHasFastLookUp = false;  // look_up() is an instruction or a few.
 
 struct Floats {
   float lane[kWidth];
@@ -72,15 +73,14 @@ inline Ints broadcast_int(uint32_t x) {
   Ints out;
   QLORA_LANES(x);
 }
-// Lanes of count + 1 where a > b.
-inline Ints count_if_greater(Ints count, Floats a, Floats b) {
-  Ints out;
-  QLORA_LANES(count.lane[i] + (a.lane[i] > b.lane[i] ? 1 : 0));
-}
 // Bit-wise `value` where a > b, else 0.
 inline Ints if_greater(Floats a, Floats b, Ints value) {
   Ints out;
   QLORA_LANES(a.lane[i] > b.lane[i] ? value.lane[i] : 0);
+}
+inline Ints add_ints(Ints a, Ints b) {
+  Ints out;
+  QLORA_LANES(a.lane[i] + b.lane[i]);
 }
 inline Ints bit_and(Ints a, Ints b) {
   Ints out;
