@@ -23,7 +23,7 @@ qlora_status qlora_quantize_4bit_cpu(const void* x, qlora_dtype dtype, int64_t n
                                      qlora_format format, uint8_t* packed, float* absmax, int64_t block_begin,
                                      int64_t block_end) {
   return guarded([&] {
-    const char* op = "qlora.quantize_4bit";
+    const char* op = "quantize_4bit";
     check_dtype(op, dtype);
     check_format(op, format);
     check_block_size(op, block_size);
@@ -40,7 +40,7 @@ qlora_status qlora_quantize_4bit_cpu(const void* x, qlora_dtype dtype, int64_t n
 qlora_status qlora_dequantize_4bit_cpu(const qlora_weight_4bit* weight, void* y, qlora_dtype dtype, int64_t block_begin,
                                        int64_t block_end) {
   return guarded([&] {
-    const char* op = "qlora.dequantize_4bit";
+    const char* op = "dequantize_4bit";
     check_weight(op, weight);
     check_dtype(op, dtype);
     check_range(op, "blocks", block_begin, block_end, num_blocks(*weight));
@@ -54,7 +54,7 @@ qlora_status qlora_quantize_absmax_cpu(const float* absmax, int64_t n, const flo
                                        const float* nested_code, uint8_t* codes, float* nested_absmax,
                                        int64_t group_begin, int64_t group_end) {
   return guarded([&] {
-    const char* op = "qlora.quantize_absmax";
+    const char* op = "quantize_absmax";
     cpu::check_count(op, "n", n);
     check_range(op, "groups", group_begin, group_end, num_nested_blocks(n));
     if (group_begin == group_end) return;
@@ -72,7 +72,7 @@ qlora_status qlora_dequantize_absmax_cpu(const uint8_t* codes, int64_t n, const 
                                          const float* nested_code, const float* nested_offset, float* absmax,
                                          int64_t begin, int64_t end) {
   return guarded([&] {
-    const char* op = "qlora.dequantize_absmax";
+    const char* op = "dequantize_absmax";
     cpu::check_count(op, "n", n);
     check_range(op, "scales", begin, end, n);
     if (begin == end) return;
@@ -88,7 +88,7 @@ qlora_status qlora_dequantize_absmax_cpu(const uint8_t* codes, int64_t n, const 
 qlora_status qlora_linear_4bit_cpu(const void* x, int64_t m, qlora_dtype dtype, const qlora_weight_4bit* weight,
                                    const void* bias, void* y, int64_t row_begin, int64_t row_end) {
   return guarded([&] {
-    const char* op = "qlora.linear_4bit";
+    const char* op = "linear_4bit";
     check_weight(op, weight);
     check_dtype(op, dtype);
     cpu::check_count(op, "m", m);
@@ -104,7 +104,7 @@ qlora_status qlora_linear_4bit_grad_input_cpu(const void* dy, int64_t m, qlora_d
                                               const qlora_weight_4bit* weight, void* dx, int64_t col_begin,
                                               int64_t col_end) {
   return guarded([&] {
-    const char* op = "qlora.linear_4bit_grad_input";
+    const char* op = "linear_4bit_grad_input";
     check_weight(op, weight);
     check_dtype(op, dtype);
     cpu::check_count(op, "m", m);
@@ -119,7 +119,7 @@ qlora_status qlora_linear_4bit_grad_input_cpu(const void* dy, int64_t m, qlora_d
 qlora_status qlora_embedding_4bit_cpu(const int64_t* indices, int64_t num_indices, const qlora_weight_4bit* weight,
                                       void* y, qlora_dtype dtype, int64_t begin, int64_t end) {
   return guarded([&] {
-    const char* op = "qlora.embedding_4bit";
+    const char* op = "embedding_4bit";
     check_weight(op, weight);
     check_dtype(op, dtype);
     cpu::check_count(op, "num_indices", num_indices);
