@@ -27,7 +27,8 @@ from ..nn.params import Params4bit, plain_tensor
 from ..nn.report import KEPT_ATTRIBUTE, report
 from ..nn.tensor import is_finite
 from . import is_installed
-from .transformers_ops import Deserialize, Quantize, is_ours
+from .streaming import WeightStreamer
+from .transformers_ops import Defer, Deserialize, Quantize, is_ours
 
 logger = logging.getLogger("qlora")
 
@@ -58,6 +59,7 @@ class QloraHfQuantizer(HfQuantizer):
         #: Name of a layer -> whether its values were finite, on the device: one look at the end, not one a layer.
         self.finite: dict[str, torch.Tensor] = {}
         self.modules_to_not_convert: list[str] = []
+        self._streamer = WeightStreamer()
 
     # ------------------------------------------------------------------------------------------- what transformers asks
     @property
@@ -112,9 +114,9 @@ class QloraHfQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[Any]:
         from transformers.core_model_loading import WeightConverter
 
-        if not self.pre_quantized:
-            return []
-        return [WeightConverter(Deserialize.source_patterns(), "weight", [Deserialize(self)])]
+        if self.pre_quantized:
+            return [WeightConverter(Deserialize.source_patterns(), "weight", [Deserialize(self)])]
+        return [WeightConverter("weight", "weight", [Defer(self)], force_cpu=True)]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         return [*weight_conversions, *self.get_weight_conversions()]
@@ -209,7 +211,8 @@ class QloraHfQuantizer(HfQuantizer):
         return model
 
     def _finish(self, model: Any) -> None:
-        """Quantises what transformers initialised because the checkpoint lacks it; raises what went wrong."""
+        """Waits for the weights, quantises those that the checkpoint lacks, and raises what went wrong."""
+        self._streamer.finish()
         for name, module in model.named_modules():
             if not isinstance(module, Module4bit) or module.quant_state is not None or name in self.failures:
                 continue
@@ -239,9 +242,17 @@ class QloraHfQuantizer(HfQuantizer):
             more = f"\n  and {len(self.failures) - 10} more" if len(self.failures) > 10 else ""
             raise ValueError(f"qlora: {len(self.failures)} layers could not be loaded:\n{listed}{more}")
 
-    def note_finite(self, name: str, param: Params4bit) -> None:
-        if param.quant_state is not None:
-            self.finite[name] = is_finite(param.quant_state)
+    def quantize_weight(self, param: Params4bit, device: torch.device, layer: str) -> Params4bit:
+        """Quantises a fresh weight on its device, on a GPU in the background until `_finish`."""
+        if self._streamer.takes(plain_tensor(param), device):
+            if device.index is None:
+                device = torch.device("cuda", torch.cuda.current_device())
+            self.finite[layer] = self._streamer.start(param, device, name=f"{layer}.weight")
+            return param
+        param.quantize_on(device, name=f"{layer}.weight")
+        assert param.quant_state is not None
+        self.finite[layer] = is_finite(param.quant_state)
+        return param
 
     # ------------------------------------------------------------------------------------------------------- dequantise
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

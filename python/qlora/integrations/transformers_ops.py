@@ -1,4 +1,4 @@
-"""The two operations that transformers runs on tensors as it loads them."""
+"""The operations that transformers runs on tensors as it loads them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def is_ours(conversion: Any) -> bool:
-    """Whether a weight conversion is the one that reads stored 4-bit weights."""
-    return isinstance(conversion, WeightConverter) and any(isinstance(op, Deserialize) for op in conversion.operations)
+    """Whether a weight conversion is one of these."""
+    return isinstance(conversion, WeightConverter) and any(isinstance(op, _Op) for op in conversion.operations)
 
 
 def _first(value: Any) -> Any:
@@ -39,15 +39,52 @@ class _Op(ConversionOps):
         return type(self)(self.hf_quantizer)
 
 
+class _Pending(Params4bit):
+    """A weight on the host that transformers is about to send to its device, which quantises it on the way."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Params4bit:
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        quantizer, name = self.__dict__.pop("pending")
+        self.__class__ = Params4bit
+        return quantizer.quantize_weight(self, device, name)
+
+
+class Defer(_Op):
+    """16- or 32-bit weights on the host -> parameters that quantise when they move; any other weight passes through.
+
+    transformers moves what this conversion returns to the device that its device map says, since the conversion is
+    marked `force_cpu`. Without it each weight would be copied whole, from pageable memory, before the next is read.
+    """
+
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, model: Any = None, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        ((key, value),) = input_dict.items()
+        tensor: Tensor = _first(value)
+        module = _module_of(model, full_layer_name)
+        if not isinstance(module, Module4bit) or not full_layer_name.endswith(".weight"):
+            return {key: tensor}
+        if is_conv1d_class(getattr(module, "source_cls", None)):
+            tensor = tensor.T
+        layer = full_layer_name.removesuffix(".weight")
+        if tuple(tensor.shape) != module.weight_shape():
+            expected = list(module.weight_shape())
+            self.hf_quantizer.failures[layer] = f"expected a weight of shape {expected}, got {list(tensor.shape)}"
+            return {key: Params4bit(torch.empty(0), bnb_quantized=True)}
+        param = _Pending(tensor, **module.weight.__dict__)
+        param.pending = (self.hf_quantizer, layer)
+        return {key: param}
+
+
 class Quantize(_Op):
-    """16- or 32-bit weights, already on their device -> Params4bit."""
+    """16- or 32-bit weights that another conversion made, already on their device -> Params4bit."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
         result = {}
         for name, value in input_dict.items():
             tensor: Tensor = _first(value)
             module = _module_of(model, name)
-            if not isinstance(module, Module4bit):
+            if not isinstance(module, Module4bit) or isinstance(tensor, Params4bit):
                 result[name] = tensor
                 continue
             if is_conv1d_class(getattr(module, "source_cls", None)):
@@ -57,9 +94,7 @@ class Quantize(_Op):
                 if tuple(tensor.shape) != module.weight_shape():
                     expected = list(module.weight_shape())
                     raise ValueError(f"expected a weight of shape {expected}, got {list(tensor.shape)}")
-                param = module._fresh_weight(tensor)
-                param.quantize_on(tensor.device, name=name)
-                self.hf_quantizer.note_finite(layer, param)
+                param = self.hf_quantizer.quantize_weight(module._fresh_weight(tensor), tensor.device, layer)
             except (TypeError, ValueError) as error:
                 self.hf_quantizer.failures[layer] = str(error)
                 param = Params4bit(torch.empty(0), bnb_quantized=True)
