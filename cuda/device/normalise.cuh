@@ -4,7 +4,7 @@
 //   absmax                          q
 //   0, NaN                          0
 //   Inf                             +-1 for x = +-Inf, else 0
-//   subnormal, or above 2^126       x and absmax are first scaled by 2^64 or 2^-64
+//   below 2^-102, or above 2^126    x and absmax are first scaled by 2^64 or 2^-64 (below, a subnormal x still counts)
 //
 // The CPU scales by the same rules (core/format.h) with an exact reciprocal and without flushing.
 #pragma once
@@ -39,9 +39,11 @@ __device__ __forceinline__ float absmax_of_bits(uint32_t bits) {
   return __uint_as_float(bits > kInfBits ? kNaNBits : bits);
 }
 
-// Whether absmax lies in [2^-126, 2^126], where rcp.approx.ftz yields a normal number.
+// Whether absmax lies in [2^-102, 2^126]: its reciprocal is a normal number, and an x that flushes to zero is less than
+// 2^-24 of it, far below the first threshold.
+inline constexpr uint32_t kSmallestRegularBits = 0x0C800000u, kLargestRegularBits = 0x7E800000u;
 __device__ __forceinline__ bool has_reciprocal(uint32_t absmax_bits) {
-  return absmax_bits - 0x00800000u <= 0x7E800000u - 0x00800000u;
+  return absmax_bits - kSmallestRegularBits <= kLargestRegularBits - kSmallestRegularBits;
 }
 
 // q for the remaining absmax, by the table above.
@@ -50,7 +52,7 @@ class IrregularScaling {
   __device__ __forceinline__ explicit IrregularScaling(uint32_t absmax_bits) {
     const float absmax = __uint_as_float(absmax_bits);
     const bool is_scalable = absmax_bits != 0 && absmax_bits < kInfBits;
-    power_ = !is_scalable ? 0.0f : absmax_bits < 0x00800000u ? 0x1p64f : 0x1p-64f;
+    power_ = !is_scalable ? 0.0f : absmax_bits < kSmallestRegularBits ? 0x1p64f : 0x1p-64f;
     reciprocal_ = is_scalable ? reciprocal_approx_ftz(absmax * power_) : 0.0f;
     infinite_ = absmax_bits == kInfBits ? 1.0f : 0.0f;
   }
