@@ -65,7 +65,9 @@ def includes_of(path: Path) -> list[tuple[str, str]]:
 
 def layer_of(path: Path) -> str:
     name = name_of(path)
-    return next(folder for folder in sorted(ALLOWED_LOCAL, key=len, reverse=True) if name.startswith(folder + "/"))
+    return next(
+        folder for folder in sorted(ALLOWED_LOCAL, key=len, reverse=True) if name.startswith(folder + "/")
+    )
 
 
 def broken_arrows(layer: str, includes: list[tuple[str, str]]) -> list[str]:
@@ -105,8 +107,14 @@ def test_a_broken_include_is_found(layer: str, include: tuple[str, str]) -> None
 
 def test_cuda_suffix_means_device_code() -> None:
     device_code = re.compile(r"__global__|__device__|QLORA_HOST_DEVICE|<<<")
-    without = [name_of(path) for path in files_under("cuda", (".cu", ".cuh")) if not device_code.search(path.read_text())]
-    with_device = [name_of(path) for path in files_under("cuda", (".cpp", ".h")) if "__global__" in path.read_text()]
+    without = [
+        name_of(path)
+        for path in files_under("cuda", (".cu", ".cuh"))
+        if not device_code.search(path.read_text())
+    ]
+    with_device = [
+        name_of(path) for path in files_under("cuda", (".cpp", ".h")) if "__global__" in path.read_text()
+    ]
     assert (without, with_device) == ([], [])
 
 
@@ -172,23 +180,34 @@ def test_a_lower_python_layer_knows_no_host(layer: str) -> None:
 
 
 def test_source_files_stay_short() -> None:
-    sources = native_files() + files_under("python", (".py", ".pyi")) + files_under("tests", (".py", ".c", ".cpp"))
-    long = {name_of(path): count for path in sources if (count := len(path.read_text().splitlines())) > MAX_LINES}
+    sources = (
+        native_files() + files_under("python", (".py", ".pyi")) + files_under("tests", (".py", ".c", ".cpp"))
+    )
+    long = {
+        name_of(path): count for path in sources if (count := len(path.read_text().splitlines())) > MAX_LINES
+    }
     assert long == {}
 
 
 def test_the_build_description_stays_short() -> None:
     files = [ROOT / "CMakeLists.txt", *files_under("cpp", (".cmake",)), *files_under("cuda", (".cmake",))]
     lines = sum(
-        1 for path in files for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")
+        1
+        for path in files
+        for line in path.read_text().splitlines()
+        if line.strip() and not line.lstrip().startswith("#")
     )
     assert lines <= 200
 
 
 def test_no_source_names_the_machine_it_was_written_on() -> None:
-    sources = native_files() + files_under("python", (".py", ".pyi")) + files_under("tests", (".py", ".c", ".cpp"))
+    sources = (
+        native_files() + files_under("python", (".py", ".pyi")) + files_under("tests", (".py", ".c", ".cpp"))
+    )
     absolute = re.compile(r"(?<![\w.])/(?:root|home|work|opt)/\w")
-    named = [name_of(path) for path in sources if path != Path(__file__) and absolute.search(path.read_text())]
+    named = [
+        name_of(path) for path in sources if path != Path(__file__) and absolute.search(path.read_text())
+    ]
     assert named == []
 
 

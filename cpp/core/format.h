@@ -24,13 +24,12 @@ inline constexpr int kNestedBlockSize = 256;
 inline constexpr int kMinBlockSize = 32;
 inline constexpr int kMaxBlockSize = 4096;
 
-#define QLORA_NF4_CODES                                                                                      \
-  -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,           \
-      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,        \
-      0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,                 \
-      0.7229568362236023f, 1.0f
-#define QLORA_FP4_CODES                                                                                      \
-  0.0f, 0.005208333333f, 0.66666667f, 1.0f, 0.33333333f, 0.5f, 0.16666667f, 0.25f, -0.0f, -0.005208333333f,  \
+#define QLORA_NF4_CODES                                                                               \
+  -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,    \
+      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, \
+      0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f
+#define QLORA_FP4_CODES                                                                                     \
+  0.0f, 0.005208333333f, 0.66666667f, 1.0f, 0.33333333f, 0.5f, 0.16666667f, 0.25f, -0.0f, -0.005208333333f, \
       -0.66666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f
 
 inline constexpr float kNF4Codes[kNumCodes] = {QLORA_NF4_CODES};
@@ -38,9 +37,9 @@ inline constexpr float kFP4Codes[kNumCodes] = {QLORA_FP4_CODES};
 
 // NF4: code c is chosen for thresholds[c - 1] < x <= thresholds[c]; a tie goes to the lower code.
 inline constexpr float kNF4Thresholds[kNumCodes - 1] = {
-    -0.8480964004993439f, -0.6106329262256622f, -0.4599952697753906f,   -0.33967943489551544f, -0.23460740596055984f,
-    -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f,  0.2035212516784668f,
-    0.2920137718319893f,  0.3893125355243683f,  0.5016634166240692f,    0.6427869200706482f,   0.8614784181118011f};
+    -0.8480964004993439f,  -0.6106329262256622f,   -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f,
+    -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f,   0.2035212516784668f,
+    0.2920137718319893f,   0.3893125355243683f,    0.5016634166240692f,  0.6427869200706482f,   0.8614784181118011f};
 
 // FP4: the i-th smallest magnitude is chosen for thresholds[i - 1] < |x| <= thresholds[i]; a tie goes to the smaller.
 inline constexpr float kFP4Thresholds[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f,
@@ -68,8 +67,8 @@ QLORA_HOST_DEVICE constexpr std::uint8_t unpack_code(std::uint8_t byte, bool is_
 
 // How x is scaled to [-1, 1] before its code is looked up: scaled = (x * lift) * reciprocal, every step rounded to fp32
 // (IEEE division; subnormals kept; nothing fused). The lift is exact, and 1 but for subnormal absmax, whose reciprocal
-// would overflow. Only for finite absmax > 0: elsewhere scaled is 0, but +-1 for an Inf. The same holds one level up, for
-// the scales minus their offset, except that there every scale of a group with absmax 0, Inf or NaN counts as 0.
+// would overflow. Only for finite absmax > 0: elsewhere scaled is 0, but +-1 for an Inf. The same holds one level up,
+// for the scales minus their offset, except that there every scale of a group with absmax 0, Inf or NaN counts as 0.
 struct BlockScaling {
   float lift;
   float reciprocal;

@@ -15,9 +15,7 @@ int64_t size_of(qlora_dtype dtype);          // bytes of one value
 
 inline bool is_nested(const qlora_weight_4bit& weight) { return weight.absmax_codes != nullptr; }
 inline int64_t num_values(const qlora_weight_4bit& weight) { return weight.rows * weight.cols; }
-inline int64_t num_blocks(const qlora_weight_4bit& weight) {
-  return num_blocks(num_values(weight), weight.block_size);
-}
+inline int64_t num_blocks(const qlora_weight_4bit& weight) { return num_blocks(num_values(weight), weight.block_size); }
 
 // Each throws Error(QLORA_INVALID_ARGUMENT) with "<op>: <argument>: expected ..., got ...".
 void check_dtype(const char* op, qlora_dtype dtype);

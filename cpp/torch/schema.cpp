@@ -26,7 +26,8 @@ STABLE_TORCH_LIBRARY(qlora, m) {
 
   // uint8 [n] -> float32 [n]
   m.def(
-      "dequantize_absmax(Tensor absmax, Tensor nested_absmax, Tensor nested_quant_map, Tensor nested_offset) -> Tensor");
+      "dequantize_absmax(Tensor absmax, Tensor nested_absmax, Tensor nested_quant_map, Tensor nested_offset) -> "
+      "Tensor");
 
   // y = x W^T + b: [..., k] -> [..., n]
   m.def(

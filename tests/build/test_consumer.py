@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import qlora
 import torch
+
+import qlora
 from qlora import reference
 
 SOURCE = Path(__file__).resolve().parents[1] / "consumer"
@@ -63,7 +64,9 @@ def test_the_program_quantises_like_the_reference(consumer: dict[str, str], weig
 
 def test_the_program_multiplies_like_the_reference(consumer: dict[str, str], weight: torch.Tensor) -> None:
     packed, absmax = reference.quantize_4bit(weight, BLOCK_SIZE, "nf4")
-    dequantised = reference.dequantize_4bit(packed, absmax, (ROWS, COLS), block_size=BLOCK_SIZE, dtype=torch.float32)
+    dequantised = reference.dequantize_4bit(
+        packed, absmax, (ROWS, COLS), block_size=BLOCK_SIZE, dtype=torch.float32
+    )
     x = (torch.arange(COLS) % 5 - 2).double()
     products = dequantised.double() * x
     # fp32 sum of COLS terms: each addition rounds by half an ulp of at most the sum of magnitudes.
@@ -80,7 +83,14 @@ def test_another_minor_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.25)\nproject(wrong LANGUAGES NONE)\nfind_package(qlora 99.0 CONFIG REQUIRED)\n"
     )
-    command = [str(tool("cmake")), "-S", str(tmp_path), "-B", str(tmp_path / "build"), f"-Dqlora_DIR={CMAKE_DIR}"]
+    command = [
+        str(tool("cmake")),
+        "-S",
+        str(tmp_path),
+        "-B",
+        str(tmp_path / "build"),
+        f"-Dqlora_DIR={CMAKE_DIR}",
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode != 0
     assert "99.0" in done.stderr

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+
 from qlora import _qlora_ext
 from qlora.cli import info
 

@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+
 import qlora
 from qlora import _qlora_ext
 
@@ -22,7 +23,15 @@ EXTENSION = Path(_qlora_ext.__file__)
 BINARIES = {"libqlora": LIBRARY, "libqlora_torch": TORCH_LIBRARY, "_qlora_ext": EXTENSION}
 
 # Libraries that every Linux with glibc and a C++ runtime has.
-SYSTEM = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "libstdc++.so.6", "libgcc_s.so.1"}
+SYSTEM = {
+    "libc.so.6",
+    "libm.so.6",
+    "libdl.so.2",
+    "libpthread.so.0",
+    "librt.so.1",
+    "libstdc++.so.6",
+    "libgcc_s.so.1",
+}
 LOADER = re.compile(r"ld-linux.*\.so\.\d")
 
 needs_binutils = pytest.mark.skipif(
@@ -86,7 +95,9 @@ def test_metadata_names_the_command_and_the_licence() -> None:
         distribution = importlib.metadata.distribution("qlora-kernels")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("qlora-kernels is not installed as a package: this is a source tree")
-    commands = {entry.name: entry.value for entry in distribution.entry_points if entry.group == "console_scripts"}
+    commands = {
+        entry.name: entry.value for entry in distribution.entry_points if entry.group == "console_scripts"
+    }
     assert commands == {"qlora": "qlora.cli:main"}
     assert any(str(file).endswith("LICENSE") for file in distribution.files or [])
     assert distribution.metadata["License-Expression"] == "Apache-2.0"
@@ -146,6 +157,8 @@ def test_no_build_path_is_in_a_binary(name: str) -> None:
                     reason="torch-abi-audit is not installed")  # fmt: skip
 def test_the_operators_use_only_the_stable_abi_of_torch() -> None:
     command = Path(sys.executable).parent / "torch-abi-audit"
-    result = subprocess.run([command, "--check", "torch", PACKAGE], check=False, capture_output=True, text=True)
+    result = subprocess.run(
+        [command, "--check", "torch", PACKAGE], check=False, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Min torch:   2.10" in output_of(command, PACKAGE)

@@ -13,7 +13,9 @@ import qlora
 PACKAGE_PARENT = str(Path(qlora.__file__).resolve().parents[1])
 
 
-def run_without(packages: tuple[str, ...], code: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run_without(
+    packages: tuple[str, ...], code: str, *, check: bool = True
+) -> subprocess.CompletedProcess[str]:
     """Runs `code` in an interpreter where importing any of `packages` raises ModuleNotFoundError."""
     prelude = f"""
         import sys

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from assertions import assert_bitwise_equal, assert_within
 from qlora import _qlora_ext as ext
 from qlora import reference
@@ -79,7 +80,12 @@ def test_double_quantised_scales_equal_the_reference() -> None:
     scales = reference.dequantize_absmax(codes, nested_absmax, quant_map, offset)
     assert_bitwise_equal(to_torch(ext.dequantize_absmax(codes, nested_absmax, quant_map, offset)), scales)
     y = ext.dequantize_4bit(
-        packed, codes, (64, 320), nested_absmax=nested_absmax, nested_quant_map=quant_map, nested_offset=offset
+        packed,
+        codes,
+        (64, 320),
+        nested_absmax=nested_absmax,
+        nested_quant_map=quant_map,
+        nested_offset=offset,
     )
     assert_bitwise_equal(to_torch(y), reference.dequantize_4bit(packed, scales, (64, 320)))
 
@@ -115,7 +121,9 @@ def test_every_number_of_threads_gives_the_same_bytes(num_threads: int) -> None:
     expected_packed, expected_absmax = map(to_torch, ext.quantize_4bit(x, num_threads=3))
     assert torch.equal(packed, expected_packed)
     assert torch.equal(absmax, expected_absmax)
-    one, many = (ext.dequantize_4bit(packed, absmax, (7, 1 << 16), num_threads=count) for count in (1, num_threads))
+    one, many = (
+        ext.dequantize_4bit(packed, absmax, (7, 1 << 16), num_threads=count) for count in (1, num_threads)
+    )
     assert torch.equal(to_torch(one), to_torch(many))
 
 
@@ -179,7 +187,9 @@ def test_out_is_written_and_returned(weight: torch.Tensor) -> None:
 def test_empty_arrays_are_quantised_to_nothing() -> None:
     packed, absmax = ext.quantize_4bit(np.zeros((0, 64), np.float32))
     assert (packed.shape, absmax.shape) == ((0, 1), (0,))
-    y = ext.linear_4bit(np.zeros((0, 64), np.float32), *ext.quantize_4bit(np.ones((2, 64), np.float32)), (2, 64))
+    y = ext.linear_4bit(
+        np.zeros((0, 64), np.float32), *ext.quantize_4bit(np.ones((2, 64), np.float32)), (2, 64)
+    )
     assert y.shape == (0, 2)
 
 
@@ -193,15 +203,47 @@ READ_ONLY.flags.writeable = False
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ext.quantize_4bit([1.0]), TypeError, r"qlora.quantize_4bit: input: .*__dlpack__.*, got list"),
-        (lambda: ext.quantize_4bit(X.astype(np.float64)), ValueError, "input: expected float32, float16 or bfloat16"),
-        (lambda: ext.quantize_4bit(X.T), ValueError, r"C-contiguous array, got shape \[64, 2\] with strides \[1, 64\]"),
-        (lambda: ext.quantize_4bit(X, 48), ValueError, "block_size: expected a power of two from 32 to 4096, got 48"),
-        (lambda: ext.quantize_4bit(X, 64, "int4"), ValueError, "quant_type: expected 'nf4' or 'fp4', got 'int4'"),
-        (lambda: ext.quantize_4bit(X, out=(PACKED, X)), ValueError, r"out\[1\]: expected 2 values, got shape \[2, 64\]"),
-        (lambda: ext.dequantize_4bit(PACKED, ABSMAX, (3, 64)), ValueError, "packed: expected at least 96 bytes"),
+        (
+            lambda: ext.quantize_4bit([1.0]),
+            TypeError,
+            r"qlora.quantize_4bit: input: .*__dlpack__.*, got list",
+        ),
+        (
+            lambda: ext.quantize_4bit(X.astype(np.float64)),
+            ValueError,
+            "input: expected float32, float16 or bfloat16",
+        ),
+        (
+            lambda: ext.quantize_4bit(X.T),
+            ValueError,
+            r"C-contiguous array, got shape \[64, 2\] with strides \[1, 64\]",
+        ),
+        (
+            lambda: ext.quantize_4bit(X, 48),
+            ValueError,
+            "block_size: expected a power of two from 32 to 4096, got 48",
+        ),
+        (
+            lambda: ext.quantize_4bit(X, 64, "int4"),
+            ValueError,
+            "quant_type: expected 'nf4' or 'fp4', got 'int4'",
+        ),
+        (
+            lambda: ext.quantize_4bit(X, out=(PACKED, X)),
+            ValueError,
+            r"out\[1\]: expected 2 values, got shape \[2, 64\]",
+        ),
+        (
+            lambda: ext.dequantize_4bit(PACKED, ABSMAX, (3, 64)),
+            ValueError,
+            "packed: expected at least 96 bytes",
+        ),
         (lambda: ext.dequantize_4bit(PACKED, X, (2, 64)), ValueError, "absmax: expected 2 values"),
-        (lambda: ext.dequantize_4bit(PACKED, PACKED[:2], (2, 64)), ValueError, "absmax: expected float32, got uint8"),
+        (
+            lambda: ext.dequantize_4bit(PACKED, PACKED[:2], (2, 64)),
+            ValueError,
+            "absmax: expected float32, got uint8",
+        ),
         (lambda: ext.dequantize_4bit(PACKED, ABSMAX, (2, 64), "int8"), ValueError, "dtype: .*, got 'int8'"),
         (lambda: ext.dequantize_4bit(PACKED, ABSMAX, (2, -64)), ValueError, r"shape: .*, got \[2, -64\]"),
         (lambda: ext.dequantize_4bit(PACKED, ABSMAX, (1 << 40, 1 << 40)), ValueError, "shape: .*2\\^60"),
@@ -215,7 +257,11 @@ READ_ONLY.flags.writeable = False
             ValueError,
             "expected nested_quant_map and nested_offset with it",
         ),
-        (lambda: ext.linear_4bit(X[:, :32].copy(), PACKED, ABSMAX, (2, 64)), ValueError, r"\[..., 64\], got \[2, 32\]"),
+        (
+            lambda: ext.linear_4bit(X[:, :32].copy(), PACKED, ABSMAX, (2, 64)),
+            ValueError,
+            r"\[..., 64\], got \[2, 32\]",
+        ),
         (
             lambda: ext.linear_4bit(X, PACKED, ABSMAX, (2, 64), bias=ABSMAX.astype(np.float16)),
             ValueError,
@@ -294,7 +340,9 @@ def test_linear_on_cuda_takes_its_workspace_from_the_caller() -> None:
     expected = reference.linear_4bit(x.cpu(), dequantised)
     magnitude = reference.linear_4bit(x.cpu().abs(), dequantised.abs())
     # One rounding to bfloat16 after an fp32 sum.
-    tolerance = torch.finfo(torch.bfloat16).eps * expected.abs() + COLS * torch.finfo(torch.float32).eps * magnitude
+    tolerance = (
+        torch.finfo(torch.bfloat16).eps * expected.abs() + COLS * torch.finfo(torch.float32).eps * magnitude
+    )
     assert_within(out, expected, tolerance)
     if size:
         with pytest.raises(ValueError, match=f"workspace: expected at least {size} bytes"):
@@ -310,5 +358,7 @@ def test_cuda_outputs_must_be_given() -> None:
 @pytest.mark.gpu
 def test_arrays_of_two_devices_are_refused() -> None:
     _, packed, absmax = cuda_weight(torch.float32)
-    with pytest.raises(ValueError, match="absmax: expected an array on cuda:0 like the first one, got one on cpu"):
+    with pytest.raises(
+        ValueError, match="absmax: expected an array on cuda:0 like the first one, got one on cpu"
+    ):
         ext.dequantize_4bit(packed, absmax.cpu(), (ROWS, COLS))

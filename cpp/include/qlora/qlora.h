@@ -9,10 +9,12 @@
 ///
 /// Conventions
 /// - Every function returns a status. After a failure qlora_last_error() says what was expected and what came.
-/// - Nothing throws, exits or prints. Device memory is never allocated for the caller: a workspace is asked for with the
-///   function's _workspace_size twin and passed in. (The dense GEMM path keeps one cuBLAS handle per thread and device.)
+/// - Nothing throws, exits or prints. Device memory is never allocated for the caller: a workspace is asked for with
+///   the function's _workspace_size twin and passed in. (The dense GEMM path keeps one cuBLAS handle per thread and
+///   device.)
 /// - Sizes are 64-bit. A pointer may be null only where its parameter says so.
-/// - `_cpu` functions take a half-open range of units and touch only these; the caller runs disjoint ranges in parallel.
+/// - `_cpu` functions take a half-open range of units and touch only these; the caller runs disjoint ranges in
+///   parallel.
 /// - `_cuda` functions take raw device pointers, a device index and a cudaStream_t; they are asynchronous. They make
 ///   `device` current for the calling thread and restore the former one. Without CUDA in the build they return
 ///   QLORA_UNSUPPORTED.
@@ -69,7 +71,8 @@ typedef struct qlora_weight_4bit {
   qlora_format format;
 } qlora_weight_4bit;
 
-/// The 256-entry code book of double-quantised scales, ascending ("dynamic" signed 8-bit map). Static storage on the host.
+/// The 256-entry code book of double-quantised scales, ascending ("dynamic" signed 8-bit map). Static storage on the
+/// host.
 QLORA_API const float* qlora_nested_code(void);
 
 /// The last failure's text on the calling thread; "" if there was none. Valid until the thread's next failure.
@@ -87,13 +90,13 @@ QLORA_API const char* qlora_cpu_kernels(void);
 
 /// A CUDA device.
 typedef struct qlora_device_properties {
-  char name[256];            ///< As the driver calls it.
-  int32_t major;             ///< Compute capability.
+  char name[256];  ///< As the driver calls it.
+  int32_t major;   ///< Compute capability.
   int32_t minor;
   int32_t num_multiprocessors;
-  int32_t has_kernels;       ///< 1 if this build has code for the device, else 0.
+  int32_t has_kernels;  ///< 1 if this build has code for the device, else 0.
   int64_t l2_bytes;
-  int64_t total_bytes;       ///< Device memory.
+  int64_t total_bytes;  ///< Device memory.
 } qlora_device_properties;
 
 /// \param[out] count  CUDA devices that this process sees; 0 for a build without CUDA and where there is no driver. A
@@ -114,9 +117,9 @@ QLORA_API qlora_status qlora_explain_linear_4bit(const qlora_weight_4bit* weight
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Quantise: packed[i] = nearest code of x[i] / absmax[block], absmax[b] = max |x| over block b.
-// A zero block stores absmax 0 and the code of +0. A block with a NaN stores absmax NaN, so that all of it dequantises to
-// NaN: damage shows. A block with an Inf stores absmax Inf: the Inf survives, the rest dequantises to NaN. The same on CPU
-// and CUDA (docs/format.md compares with bitsandbytes).
+// A zero block stores absmax 0 and the code of +0. A block with a NaN stores absmax NaN, so that all of it dequantises
+// to NaN: damage shows. A block with an Inf stores absmax Inf: the Inf survives, the rest dequantises to NaN. The same
+// on CPU and CUDA (docs/format.md compares with bitsandbytes).
 
 /// \param[in]  x           [n] values of `dtype`, contiguous.
 /// \param[in]  n           Number of values; 0 is a no-op.
@@ -139,7 +142,8 @@ QLORA_API qlora_status qlora_dequantize_4bit_cpu(const qlora_weight_4bit* weight
 QLORA_API qlora_status qlora_dequantize_4bit_cuda(const qlora_weight_4bit* weight, void* y, qlora_dtype dtype,
                                                   int32_t device, qlora_stream stream);
 
-/// Double quantisation of scales: codes[b] = nearest entry of nested_code to (absmax[b] - offset) / nested_absmax[b/256].
+/// Double quantisation of scales: codes[b] = nearest entry of nested_code to (absmax[b] - offset) / nested_absmax[g],
+/// g = b / 256.
 /// \param[in]  absmax         [n] fp32.
 /// \param[in]  nested_offset  [1] fp32, usually the mean of absmax.
 /// \param[in]  nested_code    [256] ascending fp32 code book.
@@ -163,8 +167,8 @@ QLORA_API qlora_status qlora_dequantize_absmax_cuda(const uint8_t* codes, int64_
                                                     int32_t device, qlora_stream stream);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Linear: y = x W^T + bias, and its input gradient dx = dy W. W is the dequantised weight rounded to `dtype` on CUDA and
-// kept in fp32 on CPU; sums are fp32, rounded once to `dtype`.
+// Linear: y = x W^T + bias, and its input gradient dx = dy W. W is the dequantised weight rounded to `dtype` on CUDA
+// and kept in fp32 on CPU; sums are fp32, rounded once to `dtype`.
 
 /// \param[in]  x     [m, cols] of `dtype`, contiguous.
 /// \param[in]  bias  [rows] of `dtype`, or null.
@@ -193,7 +197,8 @@ QLORA_API qlora_status qlora_linear_4bit_grad_input_cuda(const void* dy, int64_t
                                                          int64_t workspace_size, int32_t device, qlora_stream stream);
 
 /// Embedding: y[i, :] = dequantised row indices[i] of the weight.
-/// \param[in]  indices  [num_indices], each in [0, rows). CPU: an index outside is QLORA_INVALID_ARGUMENT. CUDA: its row
+/// \param[in]  indices  [num_indices], each in [0, rows). CPU: an index outside is QLORA_INVALID_ARGUMENT. CUDA: its
+/// row
 ///                      of y is filled with NaN, since the check would need a synchronisation.
 /// \param[out] y        [num_indices, cols] of `dtype`.
 /// Units of the CPU form: indices.

@@ -35,7 +35,9 @@ _GIB = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cmake-dir", action="store_true", help="print only the directory for CMake's qlora_DIR")
+    parser.add_argument(
+        "--cmake-dir", action="store_true", help="print only the directory for CMake's qlora_DIR"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,7 +76,9 @@ def _version(package: str) -> str | None:
 
 
 def _show_packages(missing: list[str]) -> None:
-    _show("qlora", f"{_version('qlora-kernels') or 'source tree'} in {Path(__file__).resolve().parent.parent}")
+    _show(
+        "qlora", f"{_version('qlora-kernels') or 'source tree'} in {Path(__file__).resolve().parent.parent}"
+    )
     _show("python", f"{platform.python_version()} ({sys.executable})")
     found = {package: _version(package) for package in _PACKAGES}
     versions = ", ".join(f"{package} {version}" for package, version in found.items() if version)
@@ -87,7 +91,9 @@ def _show_packages(missing: list[str]) -> None:
 
 
 def _show_build(build: BuildInfo) -> None:
-    headers = f", torch {build['torch_headers']} headers" if build["torch_headers"] else ", without torch operators"
+    headers = (
+        f", torch {build['torch_headers']} headers" if build["torch_headers"] else ", without torch operators"
+    )
     toolkit = f", CUDA {build['cuda_toolkit']}" if build["cuda_toolkit"] else ""
     _show("built with", build["cxx_compiler"] + toolkit + headers)
     _show("architectures", " ".join(build["cuda_architectures"]) or "CPU only")
@@ -99,7 +105,9 @@ def _show_gpus(build: BuildInfo, missing: list[str]) -> None:
 
     if not build["cuda_architectures"]:
         _show("GPU", "not looked for: this build is for the CPU only")
-        missing.append("GPU kernels: build again where nvcc is found (CUDA toolkit 12.4 or newer, nvcc on PATH)")
+        missing.append(
+            "GPU kernels: build again where nvcc is found (CUDA toolkit 12.4 or newer, nvcc on PATH)"
+        )
         return
     try:
         devices = _qlora_ext.devices()
