@@ -17,8 +17,8 @@ struct Outcome {
 
 void raise(const Outcome& outcome) {
   if (outcome.status == QLORA_OK) return;
-  if (outcome.status == QLORA_INVALID_ARGUMENT) throw pybind11::value_error(outcome.text);
-  throw std::runtime_error(outcome.text);
+  if (outcome.status == QLORA_INVALID_ARGUMENT) throw pybind11::value_error("qlora." + outcome.text);
+  throw std::runtime_error("qlora." + outcome.text);
 }
 
 }  // namespace
