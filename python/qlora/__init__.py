@@ -4,8 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=qlora.QuantConfig())
     model = qlora.add_lora(model, r=16)
 
-Importing this module loads neither torch nor any other package but waits for transformers and peft; each attribute loads what it needs when it is first
-used, and says what to install where that is missing.
+Importing this module loads neither torch nor any other package. Each attribute loads what it needs when it is first
+used, and says what to install where that is missing. Transformers and peft meet our classes when they are imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ _ATTRIBUTES = {
     "prepare": "qlora.preparation",
     "merge": "qlora.merging",
     "loftq_init": "qlora.loftq",
-    "info": "qlora.info",
 }
 # Packages that parts of qlora need and that may be absent, with the requirement to install.
 _OPTIONAL = {
@@ -41,7 +40,7 @@ _OPTIONAL = {
     "safetensors": "safetensors",
 }
 
-__all__ = [*_SUBMODULES, *_ATTRIBUTES, "__version__"]
+__all__ = [*_SUBMODULES, *_ATTRIBUTES, "__version__"]  # noqa: PLE0604
 
 
 def _import(name: str, needed_for: str) -> Any:
@@ -64,7 +63,7 @@ def __getattr__(name: str) -> Any:
     if name in _ATTRIBUTES:
         value = getattr(_import(_ATTRIBUTES[name], needed_for=name), name)
     elif name == "__version__":
-        value = importlib.import_module("importlib.metadata").version("qlora-kernels")
+        value = importlib.import_module("qlora._qlora_ext").build_info()["version"]
     else:
         raise AttributeError(f"module 'qlora' has no attribute {name!r}")
     globals()[name] = value
