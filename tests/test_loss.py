@@ -54,7 +54,10 @@ def test_cross_entropy_equals_float64_within_float32_rounding(dtype, num_items):
     tolerance = unit_roundoff(dtype) * 1.01 + 64 * unit_roundoff(torch.float32)
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     torch.testing.assert_close(
-        logits.grad.double(), exact.grad, rtol=tolerance, atol=smallest + scale * 64 * unit_roundoff(torch.float32)
+        logits.grad.double(),
+        exact.grad,
+        rtol=tolerance,
+        atol=smallest + scale * 64 * unit_roundoff(torch.float32),
     )
     assert not logits.grad[targets == IGNORED].any()
 

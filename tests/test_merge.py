@@ -81,7 +81,9 @@ def test_merged_checkpoint_computes_what_the_adapter_computed(case, tmp_path):
     report = merge(adapter, out=tmp_path / "out", dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert_near(logits(merged), logits(model))
-    assert report.base == str(base) and report.num_tensors == len(load_file(tmp_path / "out" / "model.safetensors"))
+    assert report.base == str(base) and report.num_tensors == len(
+        load_file(tmp_path / "out" / "model.safetensors")
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -125,7 +127,9 @@ def test_a_4bit_base_is_dequantised(tmp_path):
     directory.mkdir()
     from safetensors.torch import save_file
 
-    save_file({k: v.contiguous() for k, v in quantized.state_dict().items()}, str(directory / "model.safetensors"))
+    save_file(
+        {k: v.contiguous() for k, v in quantized.state_dict().items()}, str(directory / "model.safetensors")
+    )
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (directory / "config.json").write_text(json.dumps(config))
@@ -139,7 +143,7 @@ def test_a_4bit_base_is_dequantised(tmp_path):
 
 
 def test_report_measures_update_and_quantisation_error(tmp_path):
-    base, adapter, model = saved(tmp_path)
+    _, adapter, model = saved(tmp_path)
     report = merge(adapter, out=tmp_path / "out")
     assert len(report.layers) == 14
     found = next(layer for layer in report.layers if layer.name == "model.layers.1.mlp.up_proj.weight")
@@ -180,7 +184,7 @@ def test_tokenizer_files_come_from_the_adapter_where_it_has_them(tmp_path):
 
 @pytest.mark.parametrize("failure", ["nan", "disk full"])
 def test_a_failed_merge_leaves_nothing(tmp_path, monkeypatch, failure):
-    _, adapter, model = saved(tmp_path)
+    _, adapter, _ = saved(tmp_path)
     if failure == "nan":
         tensors = load_file(adapter / "adapter_model.safetensors")
         next(iter(tensors.values()))[0] = float("nan")
@@ -189,7 +193,7 @@ def test_a_failed_merge_leaves_nothing(tmp_path, monkeypatch, failure):
         save_file(tensors, str(adapter / "adapter_model.safetensors"))
     else:
 
-        def full(*args, **kwargs):
+        def full(*_, **__):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("safetensors.torch.save_file", full)
@@ -214,9 +218,15 @@ def test_an_existing_directory_is_replaced_only_when_asked(tmp_path):
     ("break_it", "message"),
     [
         (lambda base, adapter: (adapter / "adapter_config.json").unlink(), "expected a saved adapter"),
-        (lambda base, adapter: (adapter / "adapter_model.safetensors").unlink(), "expected adapter_model.safetensors"),
+        (
+            lambda base, adapter: (adapter / "adapter_model.safetensors").unlink(),
+            "expected adapter_model.safetensors",
+        ),
         (lambda base, adapter: (base / "config.json").unlink(), "expected a model checkpoint"),
-        (lambda base, adapter: (base / "model.safetensors").unlink(), "expected weights in model.safetensors"),
+        (
+            lambda base, adapter: (base / "model.safetensors").unlink(),
+            "expected weights in model.safetensors",
+        ),
         (lambda base, adapter: truncate(adapter / "adapter_model.safetensors"), "damaged or truncated"),
         (lambda base, adapter: truncate(base / "model.safetensors"), "damaged or truncated"),
         (lambda base, adapter: edit(adapter, peft_type="IA3"), "expected peft_type LORA, got 'IA3'"),
@@ -292,3 +302,29 @@ def test_loftq_takes_back_what_is_not_kept(tmp_path):
     qlora.loftq_init(model, base, iterations=2, keep=lambda model, name: False)
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("mode", ["original", "dequantized"])
+def test_gpt2_whose_layers_are_stored_transposed(tmp_path, mode):
+    """GPT-2's attention output is square, so that a wrong orientation would show in no shape."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=160, n_positions=64, n_embd=64, n_layer=2, n_head=4)
+    base = transformers.GPT2LMHeadModel(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    quantized = qlora.quantize_(base)
+    model = qlora.add_lora(quantized, r=4, targets=["attn.c_proj", "c_fc"])
+    fill_adapters(model)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["fan_in_fan_out"]
+    merge(tmp_path / "adapter", out=tmp_path / "out", dtype=torch.float32, mode=mode)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    if mode == "dequantized":
+        assert_near(logits(merged), logits(model))
+    else:
+        exact = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+        )
+        assert_near(logits(merged), logits(exact))
+    in_memory = qlora.merge_and_unload(model, torch.float32)
+    assert type(in_memory.transformer.h[0].attn.c_proj).__name__ == "Conv1D"

@@ -109,7 +109,9 @@ def test_a_softcapped_model_keeps_its_loss():
 
 
 def test_a_trainable_head_gets_its_gradient():
-    model = qlora.add_lora(qlora.prepare(pair()[0]), r=4, targets=["q_proj"], modules_to_save=["lm_head"]).train()
+    model = qlora.add_lora(
+        qlora.prepare(pair()[0]), r=4, targets=["q_proj"], modules_to_save=["lm_head"]
+    ).train()
     expected = qlora.add_lora(pair()[0], r=4, targets=["q_proj"], modules_to_save=["lm_head"]).train()
     for each in (model, expected):
         fill_adapters(each)
@@ -172,7 +174,9 @@ def test_a_copied_and_a_saved_model_keep_working(tmp_path):
 
 
 def test_a_model_without_checkpointing_is_told_so():
-    with pytest.raises(ValueError, match="gradient_checkpointing: expected a transformers model.*got Sequential"):
+    with pytest.raises(
+        ValueError, match="gradient_checkpointing: expected a transformers model.*got Sequential"
+    ):
         qlora.prepare(nn.Sequential(nn.Linear(2, 2)))
     frozen = qlora.prepare(nn.Sequential(nn.Linear(2, 2)), gradient_checkpointing=False)
     assert not any(p.requires_grad for p in frozen.parameters())
@@ -241,7 +245,11 @@ def test_add_lora_works_on_a_16_bit_model():
         ({"targets": "q_prj"}, ValueError, "did you mean 'q_proj'"),
         ({"targets": r".*q_prj$"}, ValueError, "expected a pattern of a whole module path"),
         ({"targets": []}, ValueError, "expected at least one name"),
-        ({"use_dorra": True}, TypeError, "use_dorra: expected a field of peft.LoraConfig, .*did you mean 'use_dora'"),
+        (
+            {"use_dorra": True},
+            TypeError,
+            "use_dorra: expected a field of peft.LoraConfig, .*did you mean 'use_dora'",
+        ),
         ({"lora_alpha": 3}, TypeError, "lora_alpha: expected as alpha="),
         ({"target_modules": ["q_proj"]}, TypeError, "target_modules: expected as targets="),
     ],

@@ -22,7 +22,14 @@ _LORA_KEY = re.compile(
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # Settings of a LoraConfig whose adapters are more than scaling * B A (and a magnitude).
 _UNSUPPORTED = (
-    *("kasa_config", "use_bdlora", "arrow_config", "alora_invocation_tokens", "layer_replication", "target_parameters"),
+    *(
+        "kasa_config",
+        "use_bdlora",
+        "arrow_config",
+        "alora_invocation_tokens",
+        "layer_replication",
+        "target_parameters",
+    ),
     *("trainable_token_indices", "use_qalora"),
 )
 
@@ -42,7 +49,7 @@ class Update:
     def delta(self, device: torch.device | str) -> Tensor:
         """scaling * B A, as the weight lies in its checkpoint: float32."""
         assert self.a is not None and self.b is not None
-        product = self.b.to(device, torch.float32) @ self.a.to(device, torch.float32) * self.scaling
+        product = torch.mm(self.b.to(device, torch.float32), self.a.to(device, torch.float32)) * self.scaling
         return product.t() if self.embedding or self.transposed else product
 
     def apply(self, weight: Tensor) -> Tensor:
@@ -84,7 +91,9 @@ def read_adapter(name: str | Path) -> Adapter:
     try:
         config = json.loads((directory / "adapter_config.json").read_text())
     except OSError:
-        raise ValueError(f"adapter: expected a saved adapter, got {directory} without adapter_config.json") from None
+        raise ValueError(
+            f"adapter: expected a saved adapter, got {directory} without adapter_config.json"
+        ) from None
     _check_config(config, directory)
     file = directory / "adapter_model.safetensors"
     if not file.is_file():
@@ -115,14 +124,18 @@ def _check_config(config: dict[str, Any], directory: Path) -> None:
         )
     for name in _UNSUPPORTED:
         if config.get(name):
-            raise ValueError(f"adapter: {name}={config[name]!r} cannot be merged into a checkpoint: expected plain LoRA")
+            raise ValueError(
+                f"adapter: {name}={config[name]!r} cannot be merged into a checkpoint: expected plain LoRA"
+            )
 
 
 def _place(adapter: Adapter, key: str, tensor: Tensor) -> None:
     match = _LORA_KEY.fullmatch(key)
     if match is None:
         if "lora_" in key or "token_adapter" in key:
-            raise ValueError(f"adapter: expected lora_A, lora_B or lora_magnitude_vector, got the tensor {key!r}")
+            raise ValueError(
+                f"adapter: expected lora_A, lora_B or lora_magnitude_vector, got the tensor {key!r}"
+            )
         adapter.replaced[key.replace(".base_layer.", ".")] = tensor
         return
     update = adapter.updates.setdefault(match["path"].replace(".base_layer", ""), Update())
@@ -139,7 +152,9 @@ def _place(adapter: Adapter, key: str, tensor: Tensor) -> None:
 
 def _complete(adapter: Adapter, path: str, update: Update) -> None:
     if update.a is None or update.b is None:
-        raise ValueError(f"adapter: {path}: expected both matrices, got {'B' if update.a is None else 'A'} alone")
+        raise ValueError(
+            f"adapter: {path}: expected both matrices, got {'B' if update.a is None else 'A'} alone"
+        )
     if update.a.shape[0] != update.b.shape[1]:
         got = f"A {list(update.a.shape)} and B {list(update.b.shape)}"
         raise ValueError(f"adapter: {path}: expected matrices of one rank, got {got}")

@@ -28,7 +28,9 @@ def model_directory(name: str | Path, patterns: tuple[str, ...], what: str) -> P
         return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except Exception as error:  # the hub's own errors are many; each means that there is nothing to read
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{what}: expected a directory or the name of a hub model, got {str(name)!r}: {reason[0]}") from error
+        raise ValueError(
+            f"{what}: expected a directory or the name of a hub model, got {str(name)!r}: {reason[0]}"
+        ) from error
 
 
 class CheckpointReader:
@@ -47,7 +49,9 @@ class CheckpointReader:
         self.config: dict[str, Any] = self._read_json("config.json")
         method = (self.config.get("quantization_config") or {}).get("quant_method")
         if method is not None and method not in _OUR_METHODS:
-            raise ValueError(f"{self.directory}: expected 16-bit or bitsandbytes 4-bit weights, got {method} ones")
+            raise ValueError(
+                f"{self.directory}: expected 16-bit or bitsandbytes 4-bit weights, got {method} ones"
+            )
         self._file_of = self._weight_map()
         self._opened: dict[str, Any] = {}
         self._states: dict[str, list[str]] = {}
@@ -59,7 +63,9 @@ class CheckpointReader:
     def names(self) -> list[str]:
         """Names of the tensors, as of an unquantised model, in the order of the files."""
         extra = {key for keys in self._states.values() for key in keys}
-        return sorted((name for name in self._file_of if name not in extra), key=lambda n: (self._file_of[n], n))
+        return sorted(
+            (name for name in self._file_of if name not in extra), key=lambda n: (self._file_of[n], n)
+        )
 
     def is_4bit(self, name: str) -> bool:
         return name in self._states
@@ -84,15 +90,17 @@ class CheckpointReader:
         file = self._file_of[name]
         if file not in self._opened:
             self._opened[file] = safe_open(str(self.directory / file), framework="pt")
-        return self._opened[file].get_tensor(name)
+        tensor: Tensor = self._opened[file].get_tensor(name)
+        return tensor
 
     def _read_json(self, file: str) -> dict[str, Any]:
         try:
-            return json.loads((self.directory / file).read_text())
+            content: dict[str, Any] = json.loads((self.directory / file).read_text())
         except OSError:
             raise ValueError(f"{self.directory}: expected a model checkpoint, got no {file}") from None
         except ValueError as error:
             raise ValueError(f"{self.directory / file}: expected JSON, got {error}") from error
+        return content
 
     def _weight_map(self) -> dict[str, str]:
         from safetensors import SafetensorError, safe_open
@@ -114,5 +122,7 @@ class CheckpointReader:
                 raise ValueError(f"{self.directory / file}: damaged or truncated: {error}") from error
         missing = sorted(listed.keys() - found.keys())
         if missing:
-            raise ValueError(f"{self.directory}: {len(missing)} tensors of its index are missing, such as {missing[0]}")
+            raise ValueError(
+                f"{self.directory}: {len(missing)} tensors of its index are missing, such as {missing[0]}"
+            )
         return found

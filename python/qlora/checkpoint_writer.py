@@ -12,8 +12,26 @@ import torch
 from torch import Tensor
 
 _SHARD_BYTES = 4 << 30
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt")
+_WEIGHT_FILES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".index.json",
+)
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+)
 
 
 def write_shards(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> tuple[int, int]:
@@ -59,7 +77,11 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> tupl
 def copy_files(base: Path, adapter: Path, target: Path) -> None:
     """Everything of the base model that is not weights, with the tokenizer of the adapter where it has one."""
     for path in sorted(base.iterdir()):
-        if path.is_file() and not path.name.startswith(("adapter_", ".")) and not path.name.endswith(_WEIGHT_FILES):
+        if (
+            path.is_file()
+            and not path.name.startswith(("adapter_", "."))
+            and not path.name.endswith(_WEIGHT_FILES)
+        ):
             shutil.copyfile(path, target / path.name)
     for pattern in _TOKENIZER_FILES:
         for path in adapter.glob(pattern):

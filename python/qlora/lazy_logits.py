@@ -18,18 +18,10 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 # What may be asked of the logits without computing them.
+_PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda")
 _METADATA = {
-    Tensor.shape.__get__,
-    Tensor.dtype.__get__,
-    Tensor.device.__get__,
-    Tensor.layout.__get__,
-    Tensor.ndim.__get__,
-    Tensor.requires_grad.__get__,
-    Tensor.is_cuda.__get__,
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.is_floating_point,
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
 }
 
 
@@ -39,20 +31,25 @@ class LazyLogits(Tensor):
     _hidden: Tensor
     _head: nn.Linear
     _compute: torch.dtype
-    _values: Tensor | None
+    _result: Tensor | None
 
     @staticmethod
-    def __new__(cls, hidden: Tensor, head: nn.Linear, compute: torch.dtype, dtype: torch.dtype) -> LazyLogits:
-        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            *(cls, (*hidden.shape[:-1], head.out_features)),
-            **dict(dtype=dtype, device=hidden.device, requires_grad=hidden.requires_grad),
+    def __new__(  # noqa: PYI034
+        cls, hidden: Tensor, head: nn.Linear, compute: torch.dtype, dtype: torch.dtype
+    ) -> LazyLogits:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            (*hidden.shape[:-1], head.out_features),
+            dtype=dtype,
+            device=hidden.device,
+            requires_grad=hidden.requires_grad,
         )
-        self._hidden, self._head, self._compute, self._values = hidden, head, compute, None
+        self._hidden, self._head, self._compute, self._result = hidden, head, compute, None
         return self
 
     @property
     def is_computed(self) -> bool:
-        return self._values is not None
+        return self._result is not None
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """hidden, weight and bias in the dtype of the product."""
@@ -65,10 +62,10 @@ class LazyLogits(Tensor):
 
     def compute(self) -> Tensor:
         """The logits as an ordinary tensor, computed on the first call."""
-        if self._values is None:
+        if self._result is None:
             with torch.autocast(self._hidden.device.type, enabled=False):
-                self._values = F.linear(*self.inputs()).to(self.dtype)
-        return self._values
+                self._result = F.linear(*self.inputs()).to(self.dtype)
+        return self._result
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,7 +79,9 @@ class LazyLogits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         # Reached only below autograd, where computing the values would lose their gradient.
         raise RuntimeError(f"qlora.LazyLogits: {func} reached logits that were not computed")
 
@@ -91,7 +90,12 @@ class LazyHead(nn.Linear):
     """An output head that, while its model trains with gradients, returns LazyLogits."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._is_plain():
+        if (
+            not self.training
+            or not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not self._is_plain()
+        ):
             return super().forward(input)
         kind = input.device.type
         compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype

@@ -8,8 +8,9 @@ LoftQ looks for Q and s B A with Q + s B A near the 16-bit weight W, in turns:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,13 +53,15 @@ def loftq_init(
 
     if iterations < 1:
         raise ValueError(f"qlora.loftq_init: iterations: expected at least 1, got {iterations}")
-    layers = {
+    layers: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, LoraLinear4bit) and adapter_name in module.lora_A
     }
     if not layers:
-        raise ValueError(f"qlora.loftq_init: adapter_name: expected an adapter over 4-bit layers, got {adapter_name!r}")
+        raise ValueError(
+            f"qlora.loftq_init: adapter_name: expected an adapter over 4-bit layers, got {adapter_name!r}"
+        )
     if any(layer.merged for layer in layers.values()):
         raise ValueError("qlora.loftq_init: model: expected no merged adapter, got one; unmerge it first")
     reader = CheckpointReader(checkpoint)
@@ -67,17 +70,19 @@ def loftq_init(
     for path, layer in layers.items():
         name = f"{path.removeprefix(_PREFIX)}.weight"
         if name not in known or reader.is_4bit(name):
-            raise ValueError(f"qlora.loftq_init: checkpoint: expected the 16-bit weight {name}, got none in {checkpoint}")
+            raise ValueError(
+                f"qlora.loftq_init: checkpoint: expected the 16-bit weight {name}, got none in {checkpoint}"
+            )
         base = layer.get_base_layer()
         weight = reader.read(name, base.weight.device).float()
-        if weight.shape != (base.out_features, base.in_features):  # Conv1D
+        if getattr(getattr(base, "source_cls", None), "__name__", "") == "Conv1D":
             weight = weight.t()
-        errors[path] = _fit(layer, weight, adapter_name, iterations, lambda path=path: keep is None or keep(model, path))
+        errors[path] = _fit(layer, weight, adapter_name, iterations, keep and partial(keep, model, path))
     return errors
 
 
 def _fit(
-    layer: torch.nn.Module, weight: Tensor, name: str, iterations: int, accepted: Callable[[], bool]
+    layer: Any, weight: Tensor, name: str, iterations: int, keep: Callable[[], bool] | None
 ) -> tuple[float, float]:
     from .integrations.peft_weight import KeptWeight, dense_weight, set_dense_weight
 
@@ -92,7 +97,7 @@ def _fit(
         root = (values[: a.shape[0]] / layer.scaling[name]).sqrt()
         a.copy_(root[:, None] * right[: a.shape[0]])
         b.copy_(left[:, : a.shape[0]] * root)
-    if not accepted():
+    if keep is not None and not keep():
         before[0].put_back(base)
         a.copy_(before[1])
         b.copy_(before[2])

@@ -78,12 +78,10 @@ def add_lora(
     _check_fields(lora_config, {field.name for field in dataclasses.fields(LoraConfig)})
     if "target_parameters" not in lora_config:
         targets = _checked_targets(model, targets)
-    config = LoraConfig(
-        **dict(r=r, lora_alpha=r if alpha is None else alpha, target_modules=targets, lora_dropout=dropout),
-        **dict(use_rslora=rslora, use_dora=dora),
-        **{"task_type": _task_type(model), **lora_config},
-    )
-    peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    settings: dict[str, Any] = {"task_type": _task_type(model), "target_modules": targets, **lora_config}
+    settings |= {"r": r, "lora_alpha": r if alpha is None else alpha, "lora_dropout": dropout}
+    settings |= {"use_rslora": rslora, "use_dora": dora}
+    peft_model: PeftModel = get_peft_model(model, LoraConfig(**settings), adapter_name=adapter_name)
     if dtype is not torch.float32:
         _cast_adapter(peft_model, adapter_name, dtype)
     return peft_model
@@ -100,13 +98,15 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _check_fields(given: dict[str, Any], known: set[str]) -> None:
-    for name in given:
+    for name, value in given.items():
         short = next((ours for ours, theirs in _SHORT_NAMES.items() if theirs == name), None)
         if short is not None or name == "target_modules":
-            raise TypeError(f"qlora.add_lora: {name}: expected as {short or 'targets'}=, got {name}={given[name]!r}")
+            raise TypeError(
+                f"qlora.add_lora: {name}: expected as {short or 'targets'}=, got {name}={value!r}"
+            )
         if name not in known:
             raise TypeError(
-                f"qlora.add_lora: {name}: expected a field of peft.LoraConfig, got {name}={given[name]!r}"
+                f"qlora.add_lora: {name}: expected a field of peft.LoraConfig, got {name}={value!r}"
                 + _nearest(name, [*known, *_SHORT_NAMES])
             )
 
@@ -126,7 +126,9 @@ def _checked_targets(model: nn.Module, targets: str | Sequence[str]) -> str | li
             )
         else:
             return targets
-    endings = {path.rpartition(".")[2] for path, module in model.named_modules() if _has_weight_matrix(module)}
+    endings = {
+        path.rpartition(".")[2] for path, module in model.named_modules() if _has_weight_matrix(module)
+    }
     names = list(targets)
     if not names:
         raise ValueError("qlora.add_lora: targets: expected at least one name, got none")
@@ -145,7 +147,11 @@ def _has_weight_matrix(module: nn.Module) -> bool:
 
 def _cast_adapter(model: nn.Module, adapter_name: str, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and f".{adapter_name}." in f"{name}." and "lora_magnitude_vector" not in name:
+        if (
+            parameter.requires_grad
+            and f".{adapter_name}." in f"{name}."
+            and "lora_magnitude_vector" not in name
+        ):
             parameter.data = parameter.data.to(dtype)
 
 
@@ -164,8 +170,10 @@ def merge_and_unload(
     Returns:
         The base model.
     """
+    base: nn.Module
     if dtype is None:
-        return model.merge_and_unload(adapter_names=adapter_names)
+        base = model.merge_and_unload(adapter_names=adapter_names)
+        return base
     from .integrations.peft import unloading_dense
     from .nn import dequantize_
 

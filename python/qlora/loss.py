@@ -57,7 +57,7 @@ class _CrossEntropySum(torch.autograd.Function):
         ctx.ignore_index = ignore_index
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         step = _rows_per_chunk(logits.shape[1], CHUNK_VALUES)
-        for rows, wanted in zip(logits.split(step), targets.split(step), strict=True):
+        for rows, wanted in zip(torch.split(logits, step), torch.split(targets, step), strict=True):
             ignored = wanted == ignore_index
             losses = _losses(_log_probabilities(rows), wanted.masked_fill(ignored, 0))
             total += losses.masked_fill_(ignored, 0.0).sum()
@@ -69,7 +69,8 @@ class _CrossEntropySum(torch.autograd.Function):
         logits, targets = ctx.saved_tensors
         gradients = torch.empty_like(logits)
         step = _rows_per_chunk(logits.shape[1], CHUNK_VALUES)
-        for rows, wanted, out in zip(logits.split(step), targets.split(step), gradients.split(step), strict=True):
+        chunks = (torch.split(tensor, step) for tensor in (logits, targets, gradients))
+        for rows, wanted, out in zip(*chunks, strict=True):
             ignored = wanted == ctx.ignore_index
             chunk = _logit_gradients(_log_probabilities(rows), wanted.masked_fill(ignored, 0))
             out.copy_(chunk.mul_(grad_total).masked_fill_(ignored[:, None], 0.0))
@@ -116,10 +117,14 @@ def _reduce(total: Tensor, targets: Tensor, ignore_index: int, num_items: Tensor
 
 def _check(name: str, values: Tensor, targets: Tensor) -> None:
     if values.dim() != 2 or not values.is_floating_point():
-        raise ValueError(f"qlora.{name}: expected a floating [rows, width], got {values.dtype} {list(values.shape)}")
+        raise ValueError(
+            f"qlora.{name}: expected a floating [rows, width], got {values.dtype} {list(values.shape)}"
+        )
     if targets.dtype != torch.int64 or targets.shape != values.shape[:1]:
         wanted = f"int64 [{values.shape[0]}]"
-        raise ValueError(f"qlora.{name}: targets: expected {wanted}, got {targets.dtype} {list(targets.shape)}")
+        raise ValueError(
+            f"qlora.{name}: targets: expected {wanted}, got {targets.dtype} {list(targets.shape)}"
+        )
 
 
 def cross_entropy(
@@ -169,7 +174,9 @@ def linear_cross_entropy(
     """
     _check("linear_cross_entropy", hidden, targets)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise ValueError("qlora.linear_cross_entropy: weight: expected a frozen head, got one that requires grad")
+        raise ValueError(
+            "qlora.linear_cross_entropy: weight: expected a frozen head, got one that requires grad"
+        )
     if weight.dtype != hidden.dtype or weight.shape[1:] != hidden.shape[1:]:
         wanted = f"{hidden.dtype} [vocabulary, {hidden.shape[1]}]"
         raise ValueError(
@@ -180,7 +187,7 @@ def linear_cross_entropy(
     if kept.numel() < targets.numel():
         hidden, targets = hidden[kept], targets[kept]
     with torch.autocast(hidden.device.type, enabled=False):
-        total = _LinearCrossEntropySum.apply(hidden, weight, bias, targets)
+        total: Tensor = _LinearCrossEntropySum.apply(hidden, weight, bias, targets)
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
 
@@ -191,7 +198,7 @@ def causal_lm_loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
-    **kwargs: Any,
+    **kwargs: Any,  # noqa: ARG001  transformers passes what else its forward was called with
 ) -> Tensor:
     """Next-token loss with the signature and value of transformers' ForCausalLMLoss, without its float32 logits.
 
@@ -210,8 +217,12 @@ def causal_lm_loss(
     if isinstance(logits, LazyLogits) and not logits.is_computed and logits.shape[-1] == vocab_size:
         hidden, weight, bias = logits.inputs()
         return linear_cross_entropy(
-            *(hidden.reshape(-1, hidden.shape[-1]), weight, targets),
-            **dict(bias=bias, ignore_index=ignore_index, num_items=num_items_in_batch),
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            targets,
+            bias=bias,
+            ignore_index=ignore_index,
+            num_items=num_items_in_batch,
         )
     flat = logits.view(-1, vocab_size)
     return cross_entropy(flat, targets, ignore_index=ignore_index, num_items=num_items_in_batch)

@@ -67,10 +67,9 @@ class MergeReport:
 
     def summary(self) -> str:
         """A few lines for people."""
-        lines = [
-            f"merged {len(self.layers)} layers and replaced {len(self.replaced)} tensors: {self.num_tensors} tensors, "
-            f"{self.num_bytes / 1e9:.2f} GB of {self.dtype} in {self.out}"
-        ]
+        changed = f"merged {len(self.layers)} layers and replaced {len(self.replaced)} tensors"
+        size = f"{self.num_tensors} tensors, {self.num_bytes / 1e9:.2f} GB of {self.dtype} in {self.out}"
+        lines = [f"{changed}: {size}"]
         if self.layers:
             updates = [layer.update for layer in self.layers]
             lines.append(f"update / weight: median {_median(updates):.2e}, largest {max(updates):.2e}")
@@ -180,14 +179,21 @@ class _Merge:
     def __post_init__(self) -> None:
         names = self.source.names()
         known = set(names)
-        self._updates = {_find(path, "weight", known): update for path, update in self.adapter.updates.items()}
+        self._updates = {
+            _find(path, "weight", known): update for path, update in self.adapter.updates.items()
+        }
         self._biases = {
-            _find(path, "bias", known): update for path, update in self.adapter.updates.items() if update.bias is not None
+            _find(path, "bias", known): (update.scaling, update.bias)
+            for path, update in self.adapter.updates.items()
+            if update.bias is not None
         }
         self._replaced = {_find(*_split(name), known): value for name, value in self.adapter.replaced.items()}
         self._sources = {name: name for name in names}
         self._untie(known)
-        self._requantised = self._quantised_names() if self.mode == "dequantized" and not self.source.has_4bit else set()
+        # Name -> whether it is a Conv1D's, [in, out], which is quantised as the linear layer it stands for.
+        self._requantised = (
+            self._quantised_weights() if self.mode == "dequantized" and not self.source.has_4bit else {}
+        )
 
     def _untie(self, known: set[str]) -> None:
         """Gives a head that shares the embeddings' weight one of its own where the adapter changes either of them."""
@@ -211,7 +217,9 @@ class _Merge:
             if tensor.is_floating_point():
                 tensor = self._merged(name, tensor, report)
                 if not torch.isfinite(tensor).all():
-                    raise ValueError(f"qlora.merge: {name}: expected finite values in {self.dtype}, got NaN or Inf")
+                    raise ValueError(
+                        f"qlora.merge: {name}: expected finite values in {self.dtype}, got NaN or Inf"
+                    )
             yield name, tensor.cpu().contiguous()
 
     def _merged(self, name: str, tensor: Tensor, report: MergeReport) -> Tensor:
@@ -221,8 +229,8 @@ class _Merge:
             report.replaced.append(name)
             return new.to(self.device, self.dtype)
         if name in self._biases:
-            update = self._biases[name]
-            return (tensor.float() + update.scaling * update.bias.to(self.device).float()).to(self.dtype)
+            scaling, bias = self._biases[name]
+            return (tensor.float() + scaling * bias.to(self.device).float()).to(self.dtype)
         update = self._updates.get(name)
         original = tensor
         if name in self._requantised:
@@ -244,15 +252,16 @@ class _Merge:
             quantised = tensor if name in self._requantised else self._quantised(name, original)
             error = _norm(quantised.float() - original.float()) / size if size else 0.0
         lost = _norm(merged.float() - exact)
-        return MergedLayer(name, change / size if size else float("inf"), error, lost / change if change else 0.0)
+        return MergedLayer(
+            name, change / size if size else float("inf"), error, lost / change if change else 0.0
+        )
 
     def _quantised(self, name: str, weight: Tensor) -> Tensor:
         from .nn.tensor import dequantize_tensor, quantize_tensor
 
         config = self.quant_config
         update = self._updates.get(name)
-        # A Conv1D is quantised as the linear layer it stands for.
-        transposed = update is not None and update.transposed
+        transposed = self._requantised.get(name, update is not None and update.transposed)
         packed, state = quantize_tensor(
             weight.t() if transposed else weight,
             block_size=config.block_size,
@@ -263,28 +272,29 @@ class _Merge:
         values = dequantize_tensor(packed, state)
         return values.t() if transposed else values
 
-    def _quantised_names(self) -> set[str]:
+    def _quantised_weights(self) -> dict[str, bool]:
         """The weights that `from_pretrained` with quant_config stores in 4 bits."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        from .nn.convert import is_convertible, keep_reasons
+        from .nn.convert import is_conv1d, is_convertible, keep_reasons
 
         config = AutoConfig.from_pretrained(self.source.directory)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         kept = keep_reasons(model, self.quant_config)
-        names = {
-            f"{name}.weight"
+        known = set(self.source.names())
+        found = {
+            _find(name, "weight", known): is_conv1d(module)
             for name, module in model.named_modules()
             if name not in kept and is_convertible(module, self.quant_config)
         }
-        unknown = sorted(names - set(self._sources))
+        unknown = sorted(found.keys() - known)
         if unknown:
             raise ValueError(
                 f"qlora.merge: mode: expected the weight {unknown[0]!r} in {self.source.directory}, got none: its names "
                 "are not the model's, so what training quantised is unknown; use mode='original'"
             )
-        return names
+        return found
 
 
 def _norm(tensor: Tensor) -> float:
@@ -293,7 +303,9 @@ def _norm(tensor: Tensor) -> float:
 
 def _check_shape(name: str, expected: torch.Size, got: torch.Size) -> None:
     if expected != got:
-        raise ValueError(f"qlora.merge: {name}: expected an adapter for shape {list(expected)}, got {list(got)}")
+        raise ValueError(
+            f"qlora.merge: {name}: expected an adapter for shape {list(expected)}, got {list(got)}"
+        )
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -37,7 +37,9 @@ def roundoff(dtype):
 
 
 def config(**kwargs):
-    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **kwargs})
+    return LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **kwargs}
+    )
 
 
 def with_adapters(kind="llama", dtype=torch.float32, quant=None, **kwargs):
@@ -130,8 +132,8 @@ def test_gradients_equal_peft_on_the_dequantised_model(options):
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
     got = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
     assert got.keys() == expected.keys()
-    for name in expected:
-        assert_close_by_depth(got[name], expected[name], torch.float32, factor=8)
+    for name, wanted in expected.items():
+        assert_close_by_depth(got[name], wanted, torch.float32, factor=8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -195,7 +197,9 @@ def test_dropout_changes_training_only_and_has_the_right_mean():
 
 def test_dora_with_dropout_equals_peft_under_the_same_mask():
     ours, theirs = with_adapters("qwen2", use_dora=True, lora_dropout=0.3, target_modules=["q_proj"])
-    layers = [next(m for m in model.modules() if isinstance(m, PeftLinear)).train() for model in (ours, theirs)]
+    layers = [
+        next(m for m in model.modules() if isinstance(m, PeftLinear)).train() for model in (ours, theirs)
+    ]
     x = torch.randn(3, 5, 64)
     results = []
     for layer in layers:
@@ -230,7 +234,9 @@ def test_the_layer_compiles_to_one_graph():
     torch.testing.assert_close(got, expected)
     parameters = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
     for a, b in zip(
-        torch.autograd.grad(got.sum(), parameters), torch.autograd.grad(expected.sum(), parameters), strict=True
+        torch.autograd.grad(got.sum(), parameters),
+        torch.autograd.grad(expected.sum(), parameters),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
 
@@ -250,7 +256,7 @@ def test_loss_falls_in_a_few_steps():
 
 @pytest.mark.parametrize("watched", ["base_layer", "lora_A", "lora_B"])
 def test_hooks_on_the_parts_still_run(watched):
-    ours, theirs = with_adapters(target_modules=["q_proj"])
+    ours, _ = with_adapters(target_modules=["q_proj"])
     layer = next(iter(lora_layers(ours).values()))
     x = torch.randn(2, 5, 64)
     expected = layer(x)
@@ -345,12 +351,14 @@ def test_hotswap_replaces_an_adapter_in_place(tmp_path, compiled):
     assert_close_by_depth(model(input_ids=tokens()).logits, expected, torch.float32)
 
 
-def test_xlora_converts_our_layers(tmp_path):
+def test_xlora_converts_our_layers():
     from peft.tuners.xlora.layer import XLoraLinearLayer
     from peft.tuners.xlora.model import convert_layers_to_xlora
 
     model, _ = with_adapters(target_modules=["q_proj", "v_proj"])
-    xlora = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=64, xlora_depth=1, adapters={"default": "unused"})
+    xlora = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=64, xlora_depth=1, adapters={"default": "unused"}
+    )
     count, _ = convert_layers_to_xlora(model, nn.Identity(), xlora)
     assert count == 4
     replaced = [m for m in model.modules() if isinstance(m, LoraLinear4bit)]
@@ -382,7 +390,9 @@ def test_lora_on_a_4bit_embedding_equals_peft_on_the_dense_one():
     assert_close_by_depth(ours(input_ids=tokens()).logits, theirs(input_ids=tokens()).logits, torch.float32)
     before = packed_weights(ours)
     ours.merge_adapter()
-    assert not torch.equal(layer.base_layer.weight, before["base_model.model.model.embed_tokens.base_layer.weight"])
+    assert not torch.equal(
+        layer.base_layer.weight, before["base_model.model.model.embed_tokens.base_layer.weight"]
+    )
     ours.unmerge_adapter()
     assert_same_tensors(packed_weights(ours), before)
 

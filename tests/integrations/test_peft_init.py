@@ -43,11 +43,13 @@ def step_bound(weight, layer):
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
 def test_the_residual_and_the_adapter_add_up_to_the_dequantised_weight(init, dtype, quant):
     model = pair(dtype=dtype, **quant)[0]
-    before = {name: m.dequantize(torch.float32) for name, m in model.named_modules() if hasattr(m, "quant_state")}
+    before = {
+        name: m.dequantize(torch.float32) for name, m in model.named_modules() if hasattr(m, "quant_state")
+    }
     old = {name: m.weight for name, m in model.named_modules() if hasattr(m, "quant_state")}
     model = get_peft_model(model, config(init))
-    for name, layer in lora_layers(model).items():
-        name = name.removeprefix("base_model.model.")
+    for path, layer in lora_layers(model).items():
+        name = path.removeprefix("base_model.model.")
         update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
         residual = before[name] - update
         rounding = torch.finfo(dtype).eps * residual.abs()
@@ -74,7 +76,10 @@ def test_initialisations_that_leave_the_weight_alone_change_no_byte(init):
     model = pair()[0]
     before = packed_weights(model)
     model = get_peft_model(model, config(init, **({"eva_config": peft.EvaConfig()} if init == "eva" else {})))
-    after = {n.replace("base_model.model.", "").replace(".base_layer", ""): t for n, t in packed_weights(model).items()}
+    after = {
+        n.replace("base_model.model.", "").replace(".base_layer", ""): t
+        for n, t in packed_weights(model).items()
+    }
     assert_same_tensors(after, before)
     layer = next(iter(lora_layers(model).values()))
     assert {p.dtype for p in layer.parameters() if p.requires_grad} == {torch.float32}

@@ -91,7 +91,12 @@ def test_merged_weight_is_the_sum_within_half_a_step(quant_type, options):
     bound = HALF_STEP[quant_type] * absmax_of(wanted, 64)
     assert ((dense(layer) - wanted).abs() <= bound * (1 + 1e-5) + 1e-7).all()
     state = layer.base_layer.quant_state
-    assert (state.quant_type, state.blocksize, state.dtype, state.nested) == (quant_type, 64, torch.float32, False)
+    assert (state.quant_type, state.blocksize, state.dtype, state.nested) == (
+        quant_type,
+        64,
+        torch.float32,
+        False,
+    )
 
 
 @pytest.mark.parametrize("quant", [{}, {"quant_type": "fp4", "block_size": 128, "quant_storage": "bfloat16"}])
@@ -120,7 +125,9 @@ def test_several_adapters_are_quantised_once():
 
 
 def test_merged_dora_adapters_compose_as_forward_composes_them():
-    model = adapted(names=("first", "second"), use_dora=True, quant={"double_quant": False}, target_modules=["q_proj"])
+    model = adapted(
+        names=("first", "second"), use_dora=True, quant={"double_quant": False}, target_modules=["q_proj"]
+    )
     layer = first_layer(model)
     layer.set_adapter(["first", "second"])
     x = torch.eye(64)
@@ -204,7 +211,10 @@ def test_merge_and_unload_leaves_the_merged_4bit_layers():
     model = adapted()
     other = copy.deepcopy(model)
     other.merge_adapter()
-    expected = {n.replace("base_model.model.", "").replace(".base_layer", ""): t for n, t in packed_weights(other).items()}
+    expected = {
+        n.replace("base_model.model.", "").replace(".base_layer", ""): t
+        for n, t in packed_weights(other).items()
+    }
     merged = model.merge_and_unload()
     assert not lora_layers(merged)
     assert_same_tensors(packed_weights(merged), expected)

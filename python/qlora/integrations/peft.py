@@ -37,9 +37,17 @@ if TYPE_CHECKING:
 __all__ = ["LoraEmbedding4bit", "LoraLinear4bit", "lora_class_of", "unloading_dense"]
 
 #: Variants that leave the base weight alone or come here for it. Others write to `weight.data` as if it were values.
-_VARIANTS = ("DoraLinearVariant", "ALoraLinearVariant", "ArrowLinearVariant", "MontecloraLinearVariant", "MiCALinearVariant")
+_VARIANTS = (
+    "DoraLinearVariant",
+    "ALoraLinearVariant",
+    "ArrowLinearVariant",
+    "MontecloraLinearVariant",
+    "MiCALinearVariant",
+)
 
-_dense_dtype: contextvars.ContextVar[torch.dtype | None] = contextvars.ContextVar("qlora_dense_dtype", default=None)
+_dense_dtype: contextvars.ContextVar[torch.dtype | None] = contextvars.ContextVar(
+    "qlora_dense_dtype", default=None
+)
 
 
 @contextmanager
@@ -81,7 +89,7 @@ class _ExactMerge:
     # A dataclass hides the parameter inside from nn.Module, which would register it.
     _kept: KeptWeight | None = None
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges the active or the named adapters into the 4-bit weight.
 
         Values are checked whatever `safe_merge` says: one NaN would spoil its block's scale and with double
@@ -105,7 +113,7 @@ class _ExactMerge:
         self._kept = kept.on(self.kept_device)
         self.merged_adapters = merged
 
-    def unmerge(self) -> None:
+    def unmerge(self: Any) -> None:
         """Puts back the weight and bias from before the first merge, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -115,7 +123,7 @@ class _ExactMerge:
         self.merged_adapters = []
 
     def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+        self: Any, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The base layer for `unload` and `merge_and_unload`; an ordinary one within `unloading_dense`."""
         base = self.get_base_layer()
@@ -134,7 +142,7 @@ class _ExactMerge:
         return layer
 
     @torch.no_grad()
-    def _merged(self, kept: KeptWeight, names: list[str]) -> tuple[Tensor, Tensor | None]:
+    def _merged(self: Any, kept: KeptWeight, names: list[str]) -> tuple[Tensor, Tensor | None]:
         """The kept weight, float32, with the adapters `names` in it, and the bias if they change it."""
         base = self.get_base_layer()
         original = kept.dense(base.weight.device)
@@ -149,10 +157,12 @@ class _ExactMerge:
                 bias = kept.bias.float() if bias is None else bias
                 bias = bias + self.scaling[name] * self.lora_B[name].bias.float()
             if not torch.isfinite(weight).all() or (bias is not None and not torch.isfinite(bias).all()):
-                raise ValueError(f"qlora: cannot merge adapter {name!r}: expected finite values, got NaN or Inf")
+                raise ValueError(
+                    f"qlora: cannot merge adapter {name!r}: expected finite values, got NaN or Inf"
+                )
         return weight, bias
 
-    def _with_update(self, weight: Tensor, name: str, original: Tensor) -> Tensor:
+    def _with_update(self: Any, weight: Tensor, name: str, original: Tensor) -> Tensor:
         """The float32 weight with one more adapter, as forward adds it; `original` is the weight without any."""
         variant = self.lora_variant.get(name)
         if isinstance(variant, Dora4bitVariant):
@@ -165,6 +175,15 @@ class _ExactMerge:
 class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
     """peft.tuners.lora.Linear over a Linear4bit."""
 
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """The weight is [out, in], also where it was a Conv1D's."""
+        return False
+
+    @fan_in_fan_out.setter
+    def fan_in_fan_out(self, value: bool) -> None:
+        pass
+
     def resolve_lora_variant(self, **kwargs: Any) -> LoraVariant | None:
         variant = super().resolve_lora_variant(**kwargs)
         if variant is None:
@@ -173,7 +192,9 @@ class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
         if name == "DoraLinearVariant":
             return Dora4bitVariant()
         if name not in _VARIANTS:
-            raise ValueError(f"qlora: {name} changes or reads the values of the weight: expected a 16-bit layer, got 4-bit")
+            raise ValueError(
+                f"qlora: {name} changes or reads the values of the weight: expected a 16-bit layer, got 4-bit"
+            )
         return variant
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -220,14 +241,17 @@ class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
 
     def _add_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         """result + the adapter's update, in place where the dtypes allow: [rows, n] and [rows, k]."""
-        a, b = self.lora_A[name].weight, self.lora_B[name]
+        a: Any = self.lora_A[name].weight
+        b: Any = self.lora_B[name]
         dtype = _product_dtype(result)
         x = self.lora_dropout[name](x).to(dtype)
         scaling = self.scaling[name]
         if dtype == result.dtype:
             result = add_low_rank(result, x, a.to(dtype), b.weight.to(dtype), scaling)
         else:
-            result = result + (F.linear(F.linear(x, a.to(dtype)), b.weight.to(dtype)) * scaling).to(result.dtype)
+            result = result + (F.linear(F.linear(x, a.to(dtype)), b.weight.to(dtype)) * scaling).to(
+                result.dtype
+            )
         if b.bias is not None:
             result = result + (b.bias * scaling).to(result.dtype)
         return result
@@ -237,10 +261,11 @@ class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
         variant = self.lora_variant.get(name)
         if isinstance(variant, Dora4bitVariant):
             return variant.forward(self, active_adapter=name, x=x, result=result, **kwargs)
-        x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+        a: Any = self.lora_A[name]
+        x = self._cast_input_dtype(x, a.weight.dtype)
         if variant is not None:
             return variant.forward(self, active_adapter=name, x=x, result=result, **kwargs)
-        update = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+        update = self.lora_B[name](a(self.lora_dropout[name](x))) * self.scaling[name]
         return result + update.to(result.dtype)
 
     def _holds(self, name: str) -> bool:
@@ -248,7 +273,10 @@ class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
 
     def _low_rank_product(self, name: str) -> Tensor:
         """B A: float32 [out, in]."""
-        return self.lora_B[name].weight.float() @ self.lora_A[name].weight.float()
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        product: Tensor = b.weight.float() @ a.weight.float()
+        return product
 
 
 class LoraEmbedding4bit(_ExactMerge, Embedding):
@@ -258,7 +286,9 @@ class LoraEmbedding4bit(_ExactMerge, Embedding):
         variant = super().resolve_lora_variant(**kwargs)
         if variant is not None:
             name = type(variant).__name__
-            raise ValueError(f"qlora: {name}: expected a 16-bit embedding, got a 4-bit one; use plain LoRA on it")
+            raise ValueError(
+                f"qlora: {name}: expected a 16-bit embedding, got a 4-bit one; use plain LoRA on it"
+            )
         return None
 
     def _holds(self, name: str) -> bool:
@@ -271,7 +301,10 @@ class LoraEmbedding4bit(_ExactMerge, Embedding):
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 

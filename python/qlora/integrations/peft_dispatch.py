@@ -55,10 +55,13 @@ def _create(layer: Any, lora_config: Any, adapter_name: str, target: Any, kwargs
     from peft.tuners.lora.layer import Linear
 
     takes_config = "config" in inspect.signature(Linear.__init__).parameters
-    if lora_config.fan_in_fan_out:
-        # A 4-bit layer made from a Conv1D holds its weight as [out, in], like any linear layer.
-        warnings.warn("fan_in_fan_out is True but the layer is a 4-bit linear layer: set to False", stacklevel=3)
-        lora_config.fan_in_fan_out = False
+    # A 4-bit layer made from a Conv1D holds its weight as [out, in] like any other, and our LoRA layer never
+    # transposes. The setting is saved with the adapter, where it has to say what the 16-bit layer is.
+    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    is_conv1d = getattr(getattr(base, "source_cls", None), "__name__", "") == "Conv1D"
+    if lora_config.fan_in_fan_out and not is_conv1d:
+        warnings.warn("fan_in_fan_out is True but the layer is no Conv1D: set to False", stacklevel=3)
+    lora_config.fan_in_fan_out = is_conv1d
     if takes_config:
         return layer(target, adapter_name, config=lora_config, **kwargs)
     return layer(target, adapter_name, **{**kwargs, "fan_in_fan_out": False})

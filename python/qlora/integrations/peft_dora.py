@@ -19,6 +19,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
+from ..nn.module import Module4bit
 from .peft_weight import base_product, dense_weight
 
 
@@ -35,7 +36,7 @@ class Dora4bitLayer(DoraLinearLayer):
         self.weight = nn.Parameter(magnitudes, requires_grad=True)
         self._base_norms: tuple[Any, Tensor] | None = None
 
-    def base_norms(self, base: nn.Module) -> Tensor:
+    def base_norms(self, base: Module4bit) -> Tensor:
         """|W| by rows, float32 [out], computed again only where the packed bytes are others than last time."""
         weight = base.weight
         key = (weight.data_ptr(), weight._version, weight.device)
@@ -44,7 +45,7 @@ class Dora4bitLayer(DoraLinearLayer):
         return self._base_norms[1]
 
     @torch.no_grad()
-    def update_norms(self, base: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    def update_norms(self, base: Module4bit, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """n, float32 [out]; a [r, in] and b [out, r] in the dtype the products run in."""
         cross = base_product(base, a).float()  # [r, out]
         a, b = a.float(), b.float()

@@ -61,7 +61,9 @@ class DenseInits:
             owner = owner.base_layer
         base = owner.base_layer
         if changes_weight and self.merged:  # type: ignore[attr-defined]
-            raise ValueError(f"qlora: init_lora_weights: {init} changes the weight: expected no merged adapter; unmerge")
+            raise ValueError(
+                f"qlora: init_lora_weights: {init} changes the weight: expected no merged adapter; unmerge"
+            )
         stand_in = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
         if values:
             stand_in.weight = nn.Parameter(dense_weight(base, torch.float32), requires_grad=False)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..nn.module import Module4bit
 from ..nn.params import Params4bit
 
 
-def dense_weight(base: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+def dense_weight(base: Module4bit, dtype: torch.dtype = torch.float32) -> Tensor:
     """The base layer's weight, dequantised: dtype [rows, cols], a tensor of its own."""
     return base.dequantize(dtype)
 
 
-def set_dense_weight(base: nn.Module, values: Tensor) -> None:
+def set_dense_weight(base: Module4bit, values: Tensor) -> None:
     """Quantises `values` [rows, cols] into the base layer: same block size, code, scales, storage, dtype and device.
 
     Raises:
@@ -29,9 +31,9 @@ def set_dense_weight(base: nn.Module, values: Tensor) -> None:
     _place(base, new, old.module)
 
 
-def base_product(base: nn.Module, x: Tensor) -> Tensor:
+def base_product(base: Module4bit, x: Tensor) -> Tensor:
     """x W^T without the bias: [..., cols] -> [..., rows], in the dtype of x."""
-    state = base.quantized_state()
+    state: Any = base.quantized_state()
     nested = state.state2
     return ops.linear_4bit(
         *(x, base.weight.detach(), state.absmax, state.shape),
@@ -43,11 +45,11 @@ def base_product(base: nn.Module, x: Tensor) -> Tensor:
     )
 
 
-def _place(base: nn.Module, weight: Params4bit, module: nn.Module | None) -> None:
+def _place(base: Module4bit, weight: Params4bit, module: nn.Module | None) -> None:
     weight.module = module
     base.weight = weight
     if module is not None:
-        module.quant_state = weight.quant_state
+        setattr(module, "quant_state", weight.quant_state)  # noqa: B010  a property, to a type checker a submodule
 
 
 @dataclass
@@ -61,7 +63,7 @@ class KeptWeight:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, base: nn.Module) -> KeptWeight:
+    def of(cls, base: Module4bit) -> KeptWeight:
         """The weight where it is, shared with the base layer until that gets another one; a copy of the bias."""
         bias = getattr(base, "bias", None)
         return cls(base.weight, None if bias is None else bias.detach().clone())
@@ -74,9 +76,8 @@ class KeptWeight:
         """float32 [rows, cols] on device."""
         return self.weight.to(device).dequantize(torch.float32)
 
-    def put_back(self, base: nn.Module) -> None:
+    def put_back(self, base: Module4bit) -> None:
         old = base.weight
         _place(base, self.weight.to(old.device), old.module)
         if self.bias is not None:
-            base.bias.data.copy_(self.bias)
-
+            base.get_parameter("bias").data.copy_(self.bias)
