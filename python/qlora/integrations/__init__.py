@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
@@ -20,11 +21,27 @@ _HOOKS = (
 _registered = False
 
 
+_postponed: list[Callable[[], None]] = []
+
+
 def _call(module: str, function: str) -> Callable[[ModuleType], None]:
+    name = f"qlora.integrations.{module}"
+
     def callback(host: ModuleType) -> None:
-        getattr(importlib.import_module(f"qlora.integrations.{module}"), function)(host)
+        ours = sys.modules.get(name)
+        if ours is not None and getattr(ours.__spec__, "_initializing", False):
+            # It is our own module that imports the host: it calls `run_postponed` when it is complete.
+            _postponed.append(lambda: getattr(ours, function)(host))
+        else:
+            getattr(importlib.import_module(name), function)(host)
 
     return callback
+
+
+def run_postponed() -> None:
+    """Runs what had to wait until one of our own modules was imported; that module calls it at its end."""
+    while _postponed:
+        _postponed.pop(0)()
 
 
 def register_hooks() -> None:

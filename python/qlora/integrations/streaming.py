@@ -24,8 +24,9 @@ from ..nn.params import Params4bit, plain_tensor
 from ..nn.quant_state import QuantState, code_tensor
 from ..nn.tensor import check_storage, is_finite
 
-CHUNK_BYTES = 32 * 2**20
-NUM_WORKERS = 4
+# H100, PCIe 5, an 8B model in page cache: 2, 4 and 8 workers took 1.15, 1.14 and 1.30 s with chunks of 32 MiB.
+CHUNK_BYTES = 16 * 2**20
+NUM_WORKERS = 2
 # Below this a weight is copied in one piece by the calling thread.
 _SMALLEST = 2**20
 

@@ -26,7 +26,7 @@ from ..nn.module import Module4bit
 from ..nn.params import Params4bit, plain_tensor
 from ..nn.report import KEPT_ATTRIBUTE, report
 from ..nn.tensor import is_finite
-from . import is_installed
+from . import is_installed, run_postponed
 from .streaming import WeightStreamer
 from .transformers_ops import Defer, Deserialize, Quantize, is_ours
 
@@ -499,3 +499,6 @@ def save_model(model: Any, directory: str, *others: Any, **kwargs: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, OSError) and "No space left" in str(error):
             raise OSError(28, f"qlora.save_model: {directory}: {error}") from error
         raise
+
+
+run_postponed()

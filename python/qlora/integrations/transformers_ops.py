@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,8 +148,10 @@ class Deserialize(_Op):
     @staticmethod
     def _in_model_dtype(model: Any, name: str, value: Tensor) -> Tensor:
         # transformers 5.23 leaves the dtype of whatever passes through a quantizer's conversion to the quantizer.
-        dtype = model.get_parameter_or_buffer(name).dtype
-        kept = [*(model._keep_in_fp32_modules or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
-        if not value.is_floating_point() or any(part in name.split(".") for part in kept):
+        if not value.is_floating_point():
             return value
+        dtype = model.get_parameter_or_buffer(name).dtype
+        for pattern, kept in model._get_dtype_plan(dtype).items():
+            if re.search(pattern.replace("*", ".*"), name):
+                dtype = kept
         return value.to(dtype)
