@@ -68,6 +68,8 @@ def test_codes_scales_and_values_equal_the_golden(
         ulps=ULPS[source][quant_type],
     )
     assert differing <= 2e-3 * x.numel()
+    if source == "cuda":  # which writes code 8 of FP4, as we do
+        assert int((packed.cpu().flatten() != expected).sum()) <= differing
     values = ops.dequantize_4bit(
         expected.to(device),
         absmax,
