@@ -45,13 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("expected --prompt or prompts on stdin, got none")
 
     import torch
-    import transformers
 
+    from qlora.cli.quiet import quiet_libraries
     from qlora.train import samples
     from qlora.train.model import pick_device
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    quiet_libraries()
     torch.manual_seed(arguments.seed)
     model, tokenizer = load(base, adapter, device=pick_device(use_cpu=False), in_4bit=not arguments.no_4bit)
     is_templated = bool(tokenizer.chat_template) and not arguments.raw

@@ -30,10 +30,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out.exists():
         raise UsageError(f"--out: {arguments.out} exists already")
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import qlora
+    from qlora.cli.quiet import quiet_libraries
     from qlora.train import files
     from qlora.train.model import pick_device
 
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     device = pick_device(use_cpu=False)
     began = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=getattr(torch, arguments.dtype),
         device_map={"": device} if device.type == "cuda" else None,
     )
+    print(qlora.report(model).summary())
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     except (OSError, ValueError) as error:

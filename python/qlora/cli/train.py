@@ -12,7 +12,6 @@ line wins over the file. Datasets: prompt/completion, messages, sharegpt, alpaca
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from qlora.cli.main import UsageError
@@ -41,12 +40,9 @@ def take_keys(words: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import warnings
-
+    from qlora.cli.quiet import quiet_libraries
     from qlora.train import config as configuration
 
-    # TRL and peft speak through these to programmers; the user of a command can do nothing about them.
-    warnings.filterwarnings("ignore", category=FutureWarning)
     if arguments.help_keys:
         print(configuration.describe_keys(every=True))
         return 0
@@ -54,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         config = configuration.read(_config_file(arguments), arguments.keys)
         from qlora.train import session
 
-        _quiet_libraries()
+        quiet_libraries()
         return session.run(config, resume=arguments.resume, dry_run=arguments.dry_run)
     except configuration.ConfigError as error:
         raise UsageError(str(error)) from error
@@ -74,14 +70,3 @@ def _config_file(arguments: argparse.Namespace) -> Path | None:
         directory = directory.parent if step_of(directory) is not None else directory
     saved = directory / "args.yaml"
     return saved if saved.is_file() else None
-
-
-def _quiet_libraries() -> None:
-    """No bars for the small steps of loading on top of our own lines; warnings still show."""
-    import datasets
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()

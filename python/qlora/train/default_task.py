@@ -10,7 +10,7 @@ import torch
 from qlora.train import docstrings
 
 # Sequences up to this length are trained on: 85 % of the pairs, and half the compute a pair of all of them.
-MAX_TOKENS = 192
+MAX_TOKENS = 128
 HELD_OUT_EXAMPLES = 96
 SEED = 0
 

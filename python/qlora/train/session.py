@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from qlora.nn import report
 from qlora.train import checkpoints, data, default_task, example, files, samples, smollm2
 from qlora.train import model as models
 from qlora.train.config import Config, ConfigError, QloraArguments
@@ -55,6 +56,7 @@ class Prepared:
     trainer: Any
     tokenizer: Any
     interrupt: Any
+    progress: Any
     samples: list[samples.Sample]
     has_held_out: bool
     title: str
@@ -78,14 +80,15 @@ def run(config: Config, *, resume: str | None, dry_run: bool) -> int:
         _make_room(output_dir, config)
     device = models.pick_device(bool(config.sft.get("use_cpu")))
     defaults = _defaults(config, device, output_dir)
-    prepared = _prepare(config, defaults, device, output_dir)
-    _print_plan(prepared, device)
-    if dry_run:
-        print("dry run: nothing was trained or written")
-        return 0
+    with _no_empty_directory(output_dir):  # transformers' trainer makes it
+        prepared = _prepare(config, defaults, device)
+        _print_plan(prepared, device)
+        if dry_run:
+            print("dry run: nothing was trained or written")
+            return 0
     _write_arguments(output_dir, config, defaults)
     before = _measure_before(prepared, output_dir, resumed=checkpoint is not None)
-    with _stop_on_interrupt(prepared.interrupt):
+    with _stop_on_interrupt(prepared.interrupt), contextlib.closing(prepared.progress):
         result = prepared.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _write_history(output_dir, prepared.trainer)
     if prepared.interrupt.requested:
@@ -96,6 +99,18 @@ def run(config: Config, *, resume: str | None, dry_run: bool) -> int:
     after = _measure(prepared)
     _write_results(output_dir, prepared, before, after, result, device)
     return 0
+
+
+@contextlib.contextmanager
+def _no_empty_directory(path: Path) -> Iterator[None]:
+    """Takes a directory away again that the block made and left empty, however it ends."""
+    existed = path.exists()
+    try:
+        yield
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _defaults(config: Config, device: torch.device, output_dir: Path) -> dict[str, Any]:
@@ -114,11 +129,11 @@ def _defaults(config: Config, device: torch.device, output_dir: Path) -> dict[st
     return defaults | {"output_dir": str(output_dir)}
 
 
-def _prepare(config: Config, defaults: dict[str, Any], device: torch.device, output_dir: Path) -> Prepared:
+def _prepare(config: Config, defaults: dict[str, Any], device: torch.device) -> Prepared:
     from qlora.train import trainer as training
 
     arguments = config.arguments(defaults)
-    sft = _sft_config(config, defaults | {"output_dir": str(output_dir)}, output_dir)
+    sft = _sft_config(config, defaults)
     name = arguments.model_name_or_path
     title = name or smollm2.NAME
     if name is None:
@@ -130,6 +145,8 @@ def _prepare(config: Config, defaults: dict[str, Any], device: torch.device, out
     model = models.load_model(
         name, arguments, device=device, dtype=defaults_dtype(config, defaults), trust_remote_code=sft.trust_remote_code
     )
+    if arguments.load_in_4bit:
+        print(report(model).summary())
     model = models.add_adapter(model, arguments)
     interrupt = training.Interrupt(arguments.max_minutes)
     trainer = training.Trainer(
@@ -140,13 +157,14 @@ def _prepare(config: Config, defaults: dict[str, Any], device: torch.device, out
         processing_class=tokenizer,
         callbacks=[interrupt],
     )
-    training.use_short_progress(trainer)
+    progress = training.use_short_progress(trainer)
     chosen = [] if held_out is None else held_out.select(range(min(arguments.num_samples, len(held_out)))).to_list()
     return Prepared(
         arguments,
         trainer,
         tokenizer,
         interrupt,
+        progress,
         samples.make_samples(chosen, tokenizer, sft.dataset_text_field),
         held_out is not None,
         title,
@@ -160,13 +178,13 @@ def defaults_dtype(config: Config, defaults: dict[str, Any]) -> str:
     return dtype
 
 
-def _sft_config(config: Config, defaults: dict[str, Any], output_dir: Path) -> Any:
+def _sft_config(config: Config, defaults: dict[str, Any]) -> Any:
     import warnings
 
     with warnings.catch_warnings():
         # TRL sets the deprecated spelling itself.
         warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
-        return dataclasses.replace(config, sft={**config.sft, "output_dir": str(output_dir)}).sft_config(defaults)
+        return dataclasses.replace(config, sft={**config.sft, "output_dir": defaults["output_dir"]}).sft_config(defaults)
 
 
 def _datasets(arguments: QloraArguments, sft: Any, tokenizer: Any) -> tuple[Any, Any]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from qlora.loss import causal_lm_loss
@@ -134,11 +135,21 @@ class Progress(ProgressCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.disable = not sys.stderr.isatty()
-            self.training_bar.update(state.global_step)
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                dynamic_ncols=True,
+                unit="step",
+                disable=not sys.stderr.isatty(),
+            )
         self.current_step = state.global_step
+
+    def close(self) -> None:
+        """Takes the bar off the terminal, where training ended in an error."""
+        for bar in (self.training_bar, self.prediction_bar):
+            if bar is not None:
+                bar.close()
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         if sys.stderr.isatty():
@@ -173,6 +184,8 @@ def describe_log(logs: dict[str, float], state: TrainerState) -> str:
             f"lr {logs.get('learning_rate', 0):.1e}",
             f"epoch {logs.get('epoch', 0):.2f}",
         ]
+    elif "eval_loss" in logs and state.max_steps == 0:
+        return f"held-out loss before training {logs['eval_loss']:.3f}"
     elif "eval_loss" in logs:
         parts += [f"held-out loss {logs['eval_loss']:.3f}"]
     else:
@@ -190,10 +203,10 @@ def peak_memory_bytes() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def use_short_progress(trainer: SFTTrainer) -> None:
-    """Replaces transformers' own progress or printing callback by ours."""
-    from transformers.trainer_callback import PrinterCallback
-
+def use_short_progress(trainer: SFTTrainer) -> Progress:
+    """Replaces transformers' own progress or printing callback by ours, which it returns."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(Progress)
+    progress = Progress()
+    trainer.add_callback(progress)
+    return progress

@@ -1,0 +1,86 @@
+"""Merges an adapter into its base model and writes an ordinary 16-bit checkpoint, with a report of what that cost.
+
+  qlora merge qlora-output --out merged
+
+The adapter was trained on the base after quantisation. Merging into the original weights gives what every other tool
+expects; `--mode dequantized` merges into the quantised weights, as they were in training. The report compares both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora.cli.main import UsageError
+
+NAME = "merge"
+HELP = "merge an adapter into its base: a 16-bit checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter directory or hub name")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to write")
+    parser.add_argument("--base", metavar="MODEL", help="base model (default: the one that the adapter names)")
+    parser.add_argument(
+        "--mode",
+        choices=("original", "dequantized"),
+        default="original",
+        help="weights to merge into: those of the base, or those after quantisation; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: %(default)s"
+    )
+    parser.add_argument("--no-check", action="store_true", help="do not measure the quantisation error of each layer")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    directory = Path(arguments.adapter)
+    if directory.exists() and not (directory / "adapter_config.json").is_file():
+        raise UsageError(f"ADAPTER: expected a directory with adapter_config.json, got {directory}")
+    if arguments.out.exists() and not arguments.overwrite:
+        raise UsageError(f"--out: {arguments.out} exists; --overwrite replaces it")
+
+    import torch
+
+    import qlora
+    from qlora.cli.quiet import quiet_libraries
+
+    quiet_libraries()
+    report = qlora.merge(
+        arguments.adapter,
+        arguments.base or _built_in_base(directory),
+        out=arguments.out,
+        dtype=getattr(torch, arguments.dtype),
+        mode=arguments.mode,
+        check=not arguments.no_check,
+        quant_config=qlora.QuantConfig(**_quantisation(directory)),
+        overwrite=arguments.overwrite,
+    )
+    print(report.summary())
+    return 0
+
+
+def _built_in_base(adapter: Path) -> str | None:
+    """The built-in model in this user's cache, where the adapter was trained on it; else None: the adapter's own."""
+    from qlora.train import smollm2
+
+    try:
+        name = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError):
+        return None
+    if name and not Path(name).exists() and Path(name).name == smollm2.DIRECTORY:
+        return str(smollm2.model_directory())
+    return None
+
+
+def _quantisation(adapter: Path) -> dict[str, Any]:
+    """How the base was quantised in training, from the args.json that `qlora train` wrote beside the adapter."""
+    try:
+        written = json.loads((adapter / "args.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    names = ("quant_type", "block_size", "double_quant")
+    return {name: written[name] for name in names if name in written}
