@@ -49,8 +49,10 @@ class Update:
     def delta(self, device: torch.device | str) -> Tensor:
         """scaling * B A, as the weight lies in its checkpoint: float32."""
         assert self.a is not None and self.b is not None
-        product = torch.mm(self.b.to(device, torch.float32), self.a.to(device, torch.float32)) * self.scaling
-        return product.t() if self.embedding or self.transposed else product
+        product: Tensor = (
+            torch.mm(self.b.to(device, torch.float32), self.a.to(device, torch.float32)) * self.scaling
+        )
+        return product.transpose(0, 1) if self.embedding or self.transposed else product
 
     def apply(self, weight: Tensor) -> Tensor:
         """The merged weight, float32, for a float32 `weight`."""
@@ -59,7 +61,8 @@ class Update:
             return merged
         axis = 0 if self.transposed else 1
         magnitudes = self.magnitudes.to(weight.device, torch.float32).reshape(-1)
-        return merged * (magnitudes / torch.linalg.vector_norm(merged, dim=axis)).unsqueeze(axis)
+        norms: Tensor = torch.linalg.vector_norm(merged, dim=axis)
+        return merged * (magnitudes / norms).unsqueeze(axis)
 
 
 @dataclass
