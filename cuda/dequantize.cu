@@ -140,12 +140,9 @@ void dequantize_4bit(const qlora_weight_4bit& weight, const Window& window, void
   const int64_t rows = window.row_end - window.row_begin;
   const int64_t cols = window.col_end - window.col_begin;
   if (rows <= 0 || cols <= 0) return;
-  const FlatWindow flat = {window.row_begin * weight.cols + window.col_begin,
-                           rows,
-                           cols,
-                           weight.cols,
-                           leading_dimension,
-                           num_values(weight)};
+  const int64_t first = window.row_begin * weight.cols + window.col_begin;
+  const int64_t end = first + (rows - 1) * weight.cols + cols;
+  const FlatWindow flat = {first, rows, cols, weight.cols, leading_dimension, end};
   const bool is_dense = leading_dimension == cols && (rows == 1 || cols == weight.cols);
   dispatch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
