@@ -44,18 +44,21 @@ inline void store_as(void* y, int64_t i, Floats values) {
   if constexpr (kType == QLORA_BFLOAT16) store_bfloat(static_cast<uint16_t*>(to), values);
 }
 
+struct PartialVector {
+  alignas(64) unsigned char bytes[sizeof(float) * kWidth];  // Bytes, since they alias every type.
+};
 // The first `count` < kWidth values, the rest zero; nothing is read or written past them.
 template <qlora_dtype kType>
 inline Floats load_partial_as(const void* x, int64_t i, int64_t count) {
-  alignas(sizeof(float) * kWidth) unsigned char lanes[sizeof(float) * kWidth] = {};  // bytes: they alias every type
-  __builtin_memcpy(lanes, at<kType>(x, i), static_cast<size_t>(count * kBytes<kType>));
-  return load_as<kType>(lanes, 0);
+  PartialVector lanes = {};
+  __builtin_memcpy(lanes.bytes, at<kType>(x, i), static_cast<size_t>(count * kBytes<kType>));
+  return load_as<kType>(lanes.bytes, 0);
 }
 template <qlora_dtype kType>
 inline void store_partial_as(void* y, int64_t i, Floats values, int64_t count) {
-  float lanes[kWidth];
-  store_as<kType>(lanes, 0, values);
-  __builtin_memcpy(at<kType>(y, i), lanes, static_cast<size_t>(count * kBytes<kType>));
+  PartialVector lanes;
+  store_as<kType>(lanes.bytes, 0, values);
+  __builtin_memcpy(at<kType>(y, i), lanes.bytes, static_cast<size_t>(count * kBytes<kType>));
 }
 
 template <qlora_dtype kType>
