@@ -144,6 +144,8 @@ class QloraHfQuantizer(HfQuantizer):
                 # transformers casts what it loads to the dtype of the empty parameter: that of the packed bytes.
                 packed = new.weight.data.to(config.torch_quant_storage)
                 new.weight = Params4bit(packed, **new.weight.__dict__)
+                # Where the checkpoint lacks it, transformers would draw random bytes; `_finish` reports it instead.
+                new._is_hf_initialized = True  # type: ignore[assignment]
             new.requires_grad_(False)
             model.set_submodule(name, new)
         for name, module in model.named_modules():
@@ -214,7 +216,12 @@ class QloraHfQuantizer(HfQuantizer):
         """Waits for the weights, quantises those that the checkpoint lacks, and raises what went wrong."""
         self._streamer.finish()
         for name, module in model.named_modules():
-            if not isinstance(module, Module4bit) or module.quant_state is not None or name in self.failures:
+            if not isinstance(module, Module4bit):
+                continue
+            bias = module._parameters.get("bias")
+            if self.pre_quantized and bias is not None and not getattr(bias, "_is_hf_initialized", False):
+                torch.nn.init.zeros_(bias)
+            if module.quant_state is not None or name in self.failures:
                 continue
             weight = module.weight
             if self.pre_quantized or weight.device.type == "meta":
