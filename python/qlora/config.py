@@ -12,6 +12,7 @@ from .format import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, QUANT_TYPES
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 QUANT_STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
@@ -37,7 +38,7 @@ _BITSANDBYTES_IGNORED = (
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
-    """"bfloat16" of torch.bfloat16, "torch.bfloat16" or "bfloat16"."""
+    """ "bfloat16" of torch.bfloat16, "torch.bfloat16" or "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -86,7 +87,7 @@ class QuantConfig:
     #: The name under which the quantizer is registered in transformers.
     quant_method: ClassVar[str] = "qlora"
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> QuantConfig:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in kwargs:
             if key not in known:
@@ -95,38 +96,52 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         if self.quant_type not in QUANT_TYPES:
-            raise ValueError(f"qlora.QuantConfig: quant_type: expected one of {QUANT_TYPES}, got {self.quant_type!r}")
+            raise ValueError(
+                f"qlora.QuantConfig: quant_type: expected one of {QUANT_TYPES}, got {self.quant_type!r}"
+            )
         if isinstance(self.block_size, bool) or self.block_size not in BLOCK_SIZES:
-            raise ValueError(f"qlora.QuantConfig: block_size: expected one of {BLOCK_SIZES}, got {self.block_size!r}")
+            raise ValueError(
+                f"qlora.QuantConfig: block_size: expected one of {BLOCK_SIZES}, got {self.block_size!r}"
+            )
         for name in ("double_quant", "quantize_head", "quantize_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"qlora.QuantConfig: {name}: expected a bool, got {getattr(self, name)!r}")
         self.compute_dtype = dtype_name(self.compute_dtype)
         if self.compute_dtype not in ("auto", *COMPUTE_DTYPES):
             expected = f"'auto' or one of {COMPUTE_DTYPES}"
-            raise ValueError(f"qlora.QuantConfig: compute_dtype: expected {expected}, got {self.compute_dtype!r}")
+            raise ValueError(
+                f"qlora.QuantConfig: compute_dtype: expected {expected}, got {self.compute_dtype!r}"
+            )
         self.quant_storage = dtype_name(self.quant_storage)
         if self.quant_storage not in QUANT_STORAGES:
             expected = f"one of {QUANT_STORAGES}"
-            raise ValueError(f"qlora.QuantConfig: quant_storage: expected {expected}, got {self.quant_storage!r}")
+            raise ValueError(
+                f"qlora.QuantConfig: quant_storage: expected {expected}, got {self.quant_storage!r}"
+            )
         if self.skip_modules is not None:
-            if isinstance(self.skip_modules, str) or not all(isinstance(name, str) for name in self.skip_modules):
+            if isinstance(self.skip_modules, str) or not all(
+                isinstance(name, str) for name in self.skip_modules
+            ):
                 what = "a list of module names"
-                raise TypeError(f"qlora.QuantConfig: skip_modules: expected {what}, got {self.skip_modules!r}")
+                raise TypeError(
+                    f"qlora.QuantConfig: skip_modules: expected {what}, got {self.skip_modules!r}"
+                )
             self.skip_modules = list(self.skip_modules)
 
     @property
     def torch_quant_storage(self) -> torch.dtype:
         import torch
 
-        return getattr(torch, dtype_name(self.quant_storage))
+        dtype: torch.dtype = getattr(torch, dtype_name(self.quant_storage))
+        return dtype
 
     def resolve_compute_dtype(self, device: torch.device | str | int) -> torch.dtype | None:
         """The dtype of the products on `device`; None stands for that of each layer's input."""
         import torch
 
         if self.compute_dtype != "auto":
-            return getattr(torch, dtype_name(self.compute_dtype))
+            dtype: torch.dtype = getattr(torch, dtype_name(self.compute_dtype))
+            return dtype
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         if device.type != "cuda" or not torch.cuda.is_available():
             return None
@@ -141,9 +156,13 @@ class QuantConfig:
         """
         method = values.get("quant_method")
         if method is not None and str(getattr(method, "value", method)) not in ("qlora", "bitsandbytes"):
-            raise ValueError(f"qlora.QuantConfig: quant_method: expected 'bitsandbytes' or 'qlora', got {method!r}")
+            raise ValueError(
+                f"qlora.QuantConfig: quant_method: expected 'bitsandbytes' or 'qlora', got {method!r}"
+            )
         if values.get("load_in_8bit"):
-            raise ValueError("qlora.QuantConfig: load_in_8bit: expected a 4-bit configuration, got load_in_8bit=True")
+            raise ValueError(
+                "qlora.QuantConfig: load_in_8bit: expected a 4-bit configuration, got load_in_8bit=True"
+            )
         known = [field.name for field in dataclasses.fields(cls)]
         result = {}
         for key, value in values.items():

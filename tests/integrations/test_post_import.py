@@ -53,7 +53,9 @@ def test_a_failing_callback_is_a_warning_of_a_successful_import(module_name: str
         raise RuntimeError("no such attribute")
 
     when_imported(module_name, fail)
-    with pytest.warns(UserWarning, match=f"integration with {module_name} failed and is off: RuntimeError: no such"):
+    with pytest.warns(
+        UserWarning, match=f"integration with {module_name} failed and is off: RuntimeError: no such"
+    ):
         module = importlib.import_module(module_name)
     assert module.value == 1
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal
 from tiny_models import NAMES, logits, make_model, run_python, saved, tokens
 
 import qlora
+from assertions import assert_bitwise_equal
 from qlora import QuantConfig, report
 from qlora.nn import Embedding4bit, Linear4bit, Params4bit
 
@@ -30,7 +30,9 @@ def enabled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     before = dict(AUTO_QUANTIZER_MAPPING)
     monkeypatch.setattr(
-        transformers.PreTrainedModel, "from_pretrained", transformers.PreTrainedModel.__dict__["from_pretrained"]
+        transformers.PreTrainedModel,
+        "from_pretrained",
+        transformers.PreTrainedModel.__dict__["from_pretrained"],
     )
     qlora.enable()
     yield
@@ -43,15 +45,20 @@ def linear_names(model: torch.nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_quant_config_quantises_all_linear_layers_but_the_head(name: str, tmp_path: Path, device: str) -> None:
+def test_a_quant_config_quantises_all_linear_layers_but_the_head(
+    name: str, tmp_path: Path, device: str
+) -> None:
     model = AutoModel.from_pretrained(
-        saved(tmp_path, name), quantization_config=QuantConfig(compute_dtype="float32"), device_map={"": device}
+        saved(tmp_path, name),
+        quantization_config=QuantConfig(compute_dtype="float32"),
+        device_map={"": device},
     )
     dense = make_model(name)
     expected = {
         module_name
         for module_name, module in dense.named_modules()
-        if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and module_name != "lm_head"
+        if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
+        and module_name != "lm_head"
     }
     assert linear_names(model) == expected
     assert expected
@@ -59,7 +66,11 @@ def test_a_quant_config_quantises_all_linear_layers_but_the_head(name: str, tmp_
         if isinstance(module, Linear4bit):
             assert module.weight.device.type == device
             assert module.quant_state is not None
-            assert (module.quant_state.quant_type, module.quant_state.blocksize, module.quant_state.nested) == (
+            assert (
+                module.quant_state.quant_type,
+                module.quant_state.blocksize,
+                module.quant_state.nested,
+            ) == (
                 *("nf4", 64),
                 True,
             )
@@ -99,7 +110,9 @@ def test_settings_reach_the_layers(config: QuantConfig, tmp_path: Path) -> None:
 
 
 def test_skip_modules_add_to_the_default_and_the_checkpoint_lists_all(tmp_path: Path) -> None:
-    model = AutoModel.from_pretrained(saved(tmp_path), quantization_config=QuantConfig(skip_modules=["down_proj"]))
+    model = AutoModel.from_pretrained(
+        saved(tmp_path), quantization_config=QuantConfig(skip_modules=["down_proj"])
+    )
     assert {name.rpartition(".")[2] for name in linear_names(model)} == {
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj"),
@@ -134,7 +147,9 @@ def test_conv1d_weights_are_quantised_transposed_and_come_back(tmp_path: Path) -
     assert_bitwise_equal(logits(AutoModel.from_pretrained(tmp_path / "plain")), logits(plain))
 
 
-def test_experts_stay_in_16_bits_and_that_is_said_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_experts_stay_in_16_bits_and_that_is_said_loudly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, logger="qlora"):
         model = AutoModel.from_pretrained(saved(tmp_path, "mixtral"), quantization_config=QuantConfig())
     assert "of expert weights are NOT quantised: they are 3-D parameters" in caplog.text
@@ -186,12 +201,15 @@ print(model.quantization_method.value, hasattr(model, 'is_loaded_in_4bit'), 'bit
 """
 
 
-def test_an_unchanged_bitsandbytes_config_comes_here_where_bitsandbytes_is_not_installed(tmp_path: Path) -> None:
+def test_an_unchanged_bitsandbytes_config_comes_here_where_bitsandbytes_is_not_installed(
+    tmp_path: Path,
+) -> None:
     out = run_python(BITSANDBYTES, saved(tmp_path), without=("bitsandbytes",)).splitlines()
     assert out == ["QloraHfQuantizer nf4 True torch.float32", "bitsandbytes False False"]
 
 
-def test_a_bitsandbytes_config_comes_here_after_enable(tmp_path: Path, enabled: None) -> None:
+@pytest.mark.usefixtures("enabled")
+def test_a_bitsandbytes_config_comes_here_after_enable(tmp_path: Path) -> None:
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModel.from_pretrained(saved(tmp_path), quantization_config=config)
     assert isinstance(model.hf_quantizer, integration.QloraHfQuantizer)
@@ -208,14 +226,16 @@ def test_an_installed_bitsandbytes_keeps_its_own_config_without_enable() -> None
     assert run_python(code).split() == ["Bnb4BitHfQuantizer", "QloraHfQuantizer"]
 
 
-def test_a_skip_list_of_a_bitsandbytes_config_replaces_the_default(tmp_path: Path, enabled: None) -> None:
+@pytest.mark.usefixtures("enabled")
+def test_a_skip_list_of_a_bitsandbytes_config_replaces_the_default(tmp_path: Path) -> None:
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["down_proj"])
     model = AutoModel.from_pretrained(saved(tmp_path), quantization_config=config)
     assert type(model.lm_head) is Linear4bit
     assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
 
 
-def test_the_one_liner_loads_with_our_defaults(tmp_path: Path, enabled: None) -> None:
+@pytest.mark.usefixtures("enabled")
+def test_the_one_liner_loads_with_our_defaults(tmp_path: Path) -> None:
     path = saved(tmp_path)
     model = AutoModel.from_pretrained(path, load_in_4bit=True, dtype=torch.bfloat16)
     state = model.model.layers[0].mlp.up_proj.quant_state
@@ -225,10 +245,15 @@ def test_the_one_liner_loads_with_our_defaults(tmp_path: Path, enabled: None) ->
     assert type(AutoModel.from_pretrained(path, load_in_4bit=False).lm_head) is torch.nn.Linear
 
 
-def test_the_one_liner_together_with_a_config_is_refused(tmp_path: Path, enabled: None) -> None:
-    with pytest.raises(ValueError, match="load_in_4bit: expected either load_in_4bit=True or quantization_config"):
+@pytest.mark.usefixtures("enabled")
+def test_the_one_liner_together_with_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="load_in_4bit: expected either load_in_4bit=True or quantization_config"
+    ):
         AutoModel.from_pretrained(saved(tmp_path), load_in_4bit=True, quantization_config=QuantConfig())
-    with pytest.raises(ValueError, match="unknown key 'bnb_4bit_quant_typ': did you mean 'bnb_4bit_quant_type'"):
+    with pytest.raises(
+        ValueError, match="unknown key 'bnb_4bit_quant_typ': did you mean 'bnb_4bit_quant_type'"
+    ):
         AutoModel.from_pretrained(saved(tmp_path), load_in_4bit=True, bnb_4bit_quant_typ="nf4")
 
 
@@ -239,7 +264,9 @@ def test_the_one_liner_together_with_a_config_is_refused(tmp_path: Path, enabled
 def test_the_model_answers_what_trainer_and_generate_ask(tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(saved(tmp_path), quantization_config=QuantConfig())
     assert model.is_quantized
-    assert model.quantization_method == transformers.utils.quantization_config.QuantizationMethod.BITS_AND_BYTES
+    assert (
+        model.quantization_method == transformers.utils.quantization_config.QuantizationMethod.BITS_AND_BYTES
+    )
     assert model.hf_quantizer.is_trainable
     assert model.hf_quantizer.is_compileable
     assert model.hf_quantizer.is_serializable()
@@ -265,7 +292,9 @@ def test_num_parameters_counts_weights_and_not_bytes(name: str, tmp_path: Path) 
 def test_sizes_for_device_maps_are_those_of_4_bit_weights(tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(saved(tmp_path), quantization_config=QuantConfig())
     name = "model.layers.0.mlp.up_proj.weight"
-    assert model.hf_quantizer.param_element_size(model, name, model.lm_head.weight) == 0.5 + (1 + 4 / 256) / 64
+    assert (
+        model.hf_quantizer.param_element_size(model, name, model.lm_head.weight) == 0.5 + (1 + 4 / 256) / 64
+    )
     assert model.hf_quantizer.param_element_size(model, "lm_head.weight", model.lm_head.weight) == 4
 
 
@@ -277,11 +306,15 @@ def test_a_peft_model_passes_trainers_check(tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(saved(tmp_path), quantization_config=QuantConfig())
     with pytest.raises(ValueError, match="adapters"):
         validate_quantization_for_training(model)
-    validate_quantization_for_training(peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")))
+    validate_quantization_for_training(
+        peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    )
 
 
 def test_a_mixed_device_map_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"device_map: expected GPUs only, or the CPU only, got \['cpu', 'disk'\]"):
+    with pytest.raises(
+        ValueError, match=r"device_map: expected GPUs only, or the CPU only, got \['cpu', 'disk'\]"
+    ):
         AutoModel.from_pretrained(
             saved(tmp_path),
             quantization_config=QuantConfig(),
@@ -292,7 +325,9 @@ def test_a_mixed_device_map_is_refused_with_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device_map", [None, "auto", {"": "cpu"}])
 def test_device_maps_are_taken_as_always(device_map: Any, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    model = AutoModel.from_pretrained(saved(tmp_path), quantization_config=QuantConfig(), device_map=device_map)
+    model = AutoModel.from_pretrained(
+        saved(tmp_path), quantization_config=QuantConfig(), device_map=device_map
+    )
     assert linear_names(model)
     assert logits(model).isfinite().all()
 
@@ -315,7 +350,9 @@ def test_dequantize_gives_back_an_ordinary_model(tmp_path: Path) -> None:
 # Memory.
 
 
-def test_no_more_than_one_16_bit_weight_is_alive_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_one_16_bit_weight_is_alive_while_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = saved(tmp_path)
     alive: list[weakref.ref[torch.Tensor]] = []
     counts = []
@@ -339,7 +376,9 @@ def test_gpu_memory_while_loading_is_the_4_bit_model_and_less_than_one_weight(tm
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    model = AutoModel.from_pretrained(path, quantization_config=QuantConfig(), dtype=torch.bfloat16, device_map={"": 0})
+    model = AutoModel.from_pretrained(
+        path, quantization_config=QuantConfig(), dtype=torch.bfloat16, device_map={"": 0}
+    )
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated() - before
     from qlora.integrations.streaming import CHUNK_BYTES, NUM_WORKERS
@@ -352,7 +391,9 @@ def test_gpu_memory_while_loading_is_the_4_bit_model_and_less_than_one_weight(tm
 
 
 @pytest.mark.gpu
-def test_streamed_weights_equal_those_quantised_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_weights_equal_those_quantised_in_one_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from qlora.integrations import streaming
 
     monkeypatch.setattr(streaming, "CHUNK_BYTES", 2**18)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal
 from safetensors.torch import load_file, save_file
 from tiny_models import NAMES, logits, make_model, run_python, saved
 
 import qlora
+from assertions import assert_bitwise_equal
 from qlora import QuantConfig
 from qlora.nn import Linear4bit
 
@@ -39,7 +39,9 @@ def assert_same_model(actual: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_save_and_reload_are_bit_equal_twice(name: str, dtype: torch.dtype, tmp_path: Path, device: str) -> None:
+def test_save_and_reload_are_bit_equal_twice(
+    name: str, dtype: torch.dtype, tmp_path: Path, device: str
+) -> None:
     model = AutoModel.from_pretrained(
         saved(tmp_path, name), quantization_config=QuantConfig(), dtype=dtype, device_map={"": device}
     )
@@ -89,7 +91,9 @@ def test_a_sharded_checkpoint_reloads(name: str, tmp_path: Path) -> None:
 
 
 def test_config_json_has_exactly_bitsandbytes_keys(tmp_path: Path) -> None:
-    model = AutoModel.from_pretrained(saved(tmp_path), quantization_config=QuantConfig(compute_dtype="bfloat16"))
+    model = AutoModel.from_pretrained(
+        saved(tmp_path), quantization_config=QuantConfig(compute_dtype="bfloat16")
+    )
     model.save_pretrained(tmp_path / "q")
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     assert config["quantization_config"] == QuantConfig(compute_dtype="bfloat16").to_dict()
@@ -107,14 +111,22 @@ def test_a_converted_model_saves_a_loadable_checkpoint(tmp_path: Path) -> None:
 
 
 def test_compute_dtype_of_the_user_wins_over_the_checkpoints(tmp_path: Path) -> None:
-    AutoModel.from_pretrained(saved(tmp_path), quantization_config=QuantConfig()).save_pretrained(tmp_path / "q")
+    AutoModel.from_pretrained(saved(tmp_path), quantization_config=QuantConfig()).save_pretrained(
+        tmp_path / "q"
+    )
     given = QuantConfig("fp4", 128, compute_dtype="bfloat16")
     model = AutoModel.from_pretrained(tmp_path / "q", quantization_config=given)
     layer = model.get_submodule(LAYER)
-    assert (layer.compute_dtype, layer.weight.quant_type, layer.weight.blocksize) == (torch.bfloat16, "nf4", 64)
-    with pytest.raises(ValueError, match="expected a 16-bit or 4-bit bitsandbytes checkpoint for a QuantConfig, got"):
-        config = transformers.AutoConfig.from_pretrained(tmp_path / "q")
-        config.quantization_config = {"quant_method": "fp8"}
+    assert (layer.compute_dtype, layer.weight.quant_type, layer.weight.blocksize) == (
+        torch.bfloat16,
+        "nf4",
+        64,
+    )
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "q")
+    config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(
+        ValueError, match="expected a 16-bit or 4-bit bitsandbytes checkpoint for a QuantConfig, got"
+    ):
         AutoModel.from_pretrained(tmp_path / "q", config=config, quantization_config=given)
 
 
@@ -152,7 +164,9 @@ save_file(values, sys.argv[2])
 
 
 def dequantized(model: Any) -> dict[str, torch.Tensor]:
-    return {name: module.dequantize() for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    return {
+        name: module.dequantize() for name, module in model.named_modules() if isinstance(module, Linear4bit)
+    }
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
@@ -167,7 +181,9 @@ def test_a_checkpoint_that_bitsandbytes_wrote_has_the_same_values_here(
     values, expected = dequantized(model), load_file(path / "values.st")
     assert values.keys() == expected.keys()
     for key in expected:
-        assert torch.equal(values[key], expected[key]), key  # but for the sign of zeros, which their CPU code drops
+        assert torch.equal(values[key], expected[key]), (
+            key
+        )  # but for the sign of zeros, which their CPU code drops
     # Saved again it is the same file but for the order of the tensors.
     model.save_pretrained(tmp_path / "again")
     theirs, ours = (load_file(folder / "model.safetensors") for folder in (path, tmp_path / "again"))
@@ -178,7 +194,9 @@ def test_a_checkpoint_that_bitsandbytes_wrote_has_the_same_values_here(
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("config", [QuantConfig(), QuantConfig("fp4", 32, double_quant=False)])
-def test_bitsandbytes_reads_our_checkpoint_with_the_same_values(name: str, config: QuantConfig, tmp_path: Path) -> None:
+def test_bitsandbytes_reads_our_checkpoint_with_the_same_values(
+    name: str, config: QuantConfig, tmp_path: Path
+) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model = AutoModel.from_pretrained(saved(tmp_path, name), quantization_config=config)
     model.save_pretrained(tmp_path / "q")
@@ -186,7 +204,9 @@ def test_bitsandbytes_reads_our_checkpoint_with_the_same_values(name: str, confi
     values, expected = load_file(tmp_path / "values.st"), dequantized(model)
     assert values.keys() == expected.keys()
     for key in expected:
-        assert torch.equal(values[key], expected[key]), key  # but for the sign of zeros, which their CPU code drops
+        assert torch.equal(values[key], expected[key]), (
+            key
+        )  # but for the sign of zeros, which their CPU code drops
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -277,7 +297,9 @@ def test_nan_in_a_16_bit_checkpoint_names_every_such_layer(tmp_path: Path, devic
     weight = torch.randn(128, 64)
     weight[3, 3] = float("nan")
     path = change_dense(tmp_path, f"{LAYER}.weight", weight)
-    with pytest.raises(ValueError, match=rf"1 layers could not be loaded:\n  {LAYER}: its weight holds NaN or Inf"):
+    with pytest.raises(
+        ValueError, match=rf"1 layers could not be loaded:\n  {LAYER}: its weight holds NaN or Inf"
+    ):
         AutoModel.from_pretrained(path, quantization_config=QuantConfig(), device_map={"": device})
 
 
@@ -289,7 +311,9 @@ def test_a_16_bit_weight_of_another_shape_names_the_layer(tmp_path: Path) -> Non
 
 def test_a_weight_that_does_not_fill_the_storage_names_the_layer(tmp_path: Path) -> None:
     path = saved(tmp_path, hidden_size=20, intermediate_size=27, num_attention_heads=1, num_key_value_heads=1)
-    with pytest.raises(ValueError, match=r"proj.weight: expected a multiple of 8 values for quant_storage torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"proj.weight: expected a multiple of 8 values for quant_storage torch.float32"
+    ):
         AutoModel.from_pretrained(path, quantization_config=QuantConfig(quant_storage="float32"))
 
 
@@ -302,7 +326,9 @@ def test_a_linear_layer_missing_from_a_16_bit_checkpoint_is_initialised_and_quan
 
 
 def test_a_bias_missing_from_a_4_bit_checkpoint_is_zero(tmp_path: Path) -> None:
-    AutoModel.from_pretrained(saved(tmp_path, "qwen2"), quantization_config=QuantConfig()).save_pretrained(tmp_path / "q")
+    AutoModel.from_pretrained(saved(tmp_path, "qwen2"), quantization_config=QuantConfig()).save_pretrained(
+        tmp_path / "q"
+    )
     file = tmp_path / "q" / "model.safetensors"
     tensors = load_file(file)
     del tensors["model.layers.0.self_attn.q_proj.bias"]

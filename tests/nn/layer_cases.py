@@ -39,7 +39,9 @@ def make_model(seed: int = 0) -> torch.nn.Sequential:
     )
 
 
-def quantized_linear(device: str = "cpu", *, linear: torch.nn.Linear | None = None, **config: Any) -> Linear4bit:
+def quantized_linear(
+    device: str = "cpu", *, linear: torch.nn.Linear | None = None, **config: Any
+) -> Linear4bit:
     from qlora.nn.convert import quantize_module
 
     source = copy.deepcopy(linear) if linear is not None else make_linear()
@@ -54,7 +56,11 @@ def state_tensors(layer: torch.nn.Module) -> dict[str, Tensor]:
     state = weight.quant_state
     tensors = {"packed": weight.data, "absmax": state.absmax, "code": state.code}
     if state.state2 is not None:
-        tensors |= {"offset": state.offset, "nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
+        tensors |= {
+            "offset": state.offset,
+            "nested_absmax": state.state2.absmax,
+            "nested_code": state.state2.code,
+        }
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 

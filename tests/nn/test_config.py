@@ -93,7 +93,9 @@ def test_from_dict_reads_both_vocabularies() -> None:
 
 
 def test_from_dict_names_the_nearest_known_key() -> None:
-    with pytest.raises(ValueError, match="unknown key 'bnb_4bit_quant_typ': did you mean 'bnb_4bit_quant_type'"):
+    with pytest.raises(
+        ValueError, match="unknown key 'bnb_4bit_quant_typ': did you mean 'bnb_4bit_quant_type'"
+    ):
         QuantConfig.from_dict({"bnb_4bit_quant_typ": "nf4"})
     with pytest.raises(ValueError, match="quant_method: expected 'bitsandbytes' or 'qlora', got 'gptq'"):
         QuantConfig.from_dict({"quant_method": "gptq"})

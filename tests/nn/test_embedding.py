@@ -6,15 +6,17 @@ import copy
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal
 from layer_cases import randn
 
+from assertions import assert_bitwise_equal
 from qlora import QuantConfig
 from qlora.nn import Embedding4bit, EmbeddingFP4, EmbeddingNF4
 from qlora.nn.convert import dequantize_module, quantize_module
 
 
-def make_embedding(device: str = "cpu", *, cols: int = 64, dtype: torch.dtype = torch.float32) -> Embedding4bit:
+def make_embedding(
+    device: str = "cpu", *, cols: int = 64, dtype: torch.dtype = torch.float32
+) -> Embedding4bit:
     dense = torch.nn.Embedding(50, cols, padding_idx=3, dtype=dtype)
     dense.weight.data.copy_(randn(50, cols, seed=0))
     layer = quantize_module(dense, QuantConfig(quantize_embeddings=True), name="wte", device=device)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal, assert_within
 from layer_cases import assert_same_state, make_linear, quantized_linear, randn, state_tensors
 from torch import Tensor
 
+from assertions import assert_bitwise_equal, assert_within
 from qlora.nn import Linear4bit, LinearFP4, LinearNF4, NonFiniteWeightError, Params4bit
 
 EPSILON = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -37,7 +37,9 @@ def test_forward_is_a_product_with_the_dequantised_weight(
     y = layer(x)
     assert (y.dtype, y.shape) == (dtype, (2, 5, 96))
     weight = layer.dequantize(torch.float32)
-    expected = torch.nn.functional.linear(x.double(), weight.double(), None if not bias else layer.bias.double())
+    expected = torch.nn.functional.linear(
+        x.double(), weight.double(), None if not bias else layer.bias.double()
+    )
     rounded_bias = None if not bias else layer.bias
     assert_within(y, expected, bound(x, weight, rounded_bias, dtype).cpu())
 
@@ -205,7 +207,9 @@ def test_errors_name_the_argument_and_the_value() -> None:
     with pytest.raises(ValueError, match=r"input: expected a last dimension of 128, got \[3, 96\]"):
         layer(randn(3, 96, seed=0))
     fresh = Linear4bit(128, 96)
-    with pytest.raises(RuntimeError, match=r"expected a 4-bit weight, got torch.float32 on cpu: move the layer"):
+    with pytest.raises(
+        RuntimeError, match=r"expected a 4-bit weight, got torch.float32 on cpu: move the layer"
+    ):
         fresh(randn(3, 128, seed=0))
     fresh.weight.data[3, 5] = float("nan")
     fresh.layer_name = "model.up_proj"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal, assert_within
 from layer_cases import assert_same_state, randn, state_tensors
 
+from assertions import assert_bitwise_equal, assert_within
 from qlora import reference
 from qlora.nn import NonFiniteWeightError, Params4bit
 from qlora.nn.params import plain_tensor
@@ -47,7 +47,9 @@ def test_the_first_move_quantises_in_place_also_from_cpu_to_cpu(device: str) -> 
     assert_within(param.dequantize(), values, tolerance)
 
 
-@pytest.mark.parametrize("move", [lambda p: p.cpu(), lambda p: p.to("cpu", torch.bfloat16), lambda p: p.to(torch.empty(0))])
+@pytest.mark.parametrize(
+    "move", [lambda p: p.cpu(), lambda p: p.to("cpu", torch.bfloat16), lambda p: p.to(torch.empty(0))]
+)
 def test_every_spelling_of_a_move_quantises(move: Any) -> None:
     param = make_param(quantized=False)
     assert move(param) is param
@@ -82,7 +84,10 @@ def test_no_cast_touches_packed_bytes(quant_storage: torch.dtype, cast: Any) -> 
     after = cast(param)
     assert after.dtype == quant_storage
     assert_same_state(
-        {name: value.view(torch.uint8) if name == "packed" else value for name, value in tensors(after).items()},
+        {
+            name: value.view(torch.uint8) if name == "packed" else value
+            for name, value in tensors(after).items()
+        },
         {name: value.view(torch.uint8) if name == "packed" else value for name, value in before.items()},
     )
 
@@ -110,9 +115,19 @@ def test_from_meta_and_back_keeps_the_state() -> None:
 
 def test_dict_round_trip_rebuilds_and_unknown_arguments_are_ignored() -> None:
     fresh = make_param(quantized=False, blocksize=128, quant_type="fp4", compress_statistics=False)
-    keys = {"blocksize", "bnb_quantized", "compress_statistics", "module", "quant_state", "quant_storage", "quant_type"}
+    keys = {
+        "blocksize",
+        "bnb_quantized",
+        "compress_statistics",
+        "module",
+        "quant_state",
+        "quant_storage",
+        "quant_type",
+    }
     assert set(fresh.__dict__) == keys
-    again = Params4bit(randn(96, 128, seed=5), requires_grad=False, **fresh.__dict__, _is_hf_initialized=True).to("cpu")
+    again = Params4bit(
+        randn(96, 128, seed=5), requires_grad=False, **fresh.__dict__, _is_hf_initialized=True
+    ).to("cpu")
     assert (again.blocksize, again.quant_type, again.compress_statistics) == (128, "fp4", False)
     assert again.quant_state is not None
     assert again.quant_state.blocksize == 128
@@ -125,7 +140,9 @@ def test_module_argument_is_kept_up_to_date() -> None:
 
 
 @pytest.mark.parametrize(
-    "duplicate", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=["copy", "deepcopy", "pickle"]
+    "duplicate",
+    [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))],
+    ids=["copy", "deepcopy", "pickle"],
 )
 @pytest.mark.parametrize("quantized", [True, False])
 def test_copies_keep_class_attributes_and_bits(duplicate: Any, quantized: bool, device: str) -> None:
@@ -152,7 +169,9 @@ def test_deepcopy_shares_nothing() -> None:
     assert_same_state(tensors(param), before)
 
 
-@pytest.mark.parametrize("split", [lambda p: torch.chunk(p, 2), lambda p: torch.split(p, 3072), lambda p: p.chunk(2)])
+@pytest.mark.parametrize(
+    "split", [lambda p: torch.chunk(p, 2), lambda p: torch.split(p, 3072), lambda p: p.chunk(2)]
+)
 def test_chunk_and_split_keep_class_and_state(split: Any) -> None:
     param = make_param()
     pieces = split(param)

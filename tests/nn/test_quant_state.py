@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal
 from layer_cases import randn
 
+from assertions import assert_bitwise_equal
 from qlora.nn import QuantState
 from qlora.nn.tensor import dequantize_tensor, quantize_tensor
 
@@ -153,8 +153,14 @@ def damage(**changes: Any) -> dict[str, Any]:
         ({"nested_absmax": None}, "nested_absmax is missing"),
         ({"nested_offset": None}, "nested_offset is missing"),
         ({"blocksize": None}, "blocksize is missing"),
-        ({"absmax": torch.zeros(299, dtype=torch.uint8)}, r"absmax: expected 300 scales for shape \[96, 200\].*got 299"),
-        ({"absmax": torch.zeros(300)}, "absmax: expected torch.uint8 for double-quantised scales, got torch.float32"),
+        (
+            {"absmax": torch.zeros(299, dtype=torch.uint8)},
+            r"absmax: expected 300 scales for shape \[96, 200\].*got 299",
+        ),
+        (
+            {"absmax": torch.zeros(300)},
+            "absmax: expected torch.uint8 for double-quantised scales, got torch.float32",
+        ),
         ({"nested_absmax": torch.zeros(3)}, "nested_absmax: expected 2 of torch.float32, got 3"),
         ({"nested_quant_map": torch.zeros(255)}, "nested_quant_map: expected 256 values, got 255"),
         ({"quant_map": torch.zeros(16)}, "quant_map: expected the nf4 code book, got"),
@@ -192,7 +198,13 @@ def test_quantize_tensor_keeps_the_shape_of_any_tensor(shape: tuple[int, ...]) -
 
 
 def test_quant_storage_that_the_bytes_do_not_fill_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"expected a multiple of 8 values for quant_storage torch.float32, got 30"):
+    with pytest.raises(
+        ValueError, match=r"expected a multiple of 8 values for quant_storage torch.float32, got 30"
+    ):
         quantize_tensor(
-            randn(30, seed=0), block_size=64, quant_type="nf4", double_quant=False, quant_storage=torch.float32
+            randn(30, seed=0),
+            block_size=64,
+            quant_type="nf4",
+            double_quant=False,
+            quant_storage=torch.float32,
         )

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal
 from layer_cases import make_linear, make_model, randn, state_tensors
 
+from assertions import assert_bitwise_equal
 from qlora import QuantConfig, dequantize_, quantize_, report
 from qlora.nn import Embedding4bit, Linear4bit, NonFiniteWeightError, Params4bit
 from qlora.nn.convert import matches
@@ -65,7 +65,12 @@ def test_settings_reach_every_layer() -> None:
     model = quantize_(make_model(), config)
     for layer in (model[0], model[2]):
         state = layer.quant_state
-        assert (state.quant_type, state.blocksize, state.nested, state.dtype) == ("fp4", 128, False, torch.float32)
+        assert (state.quant_type, state.blocksize, state.nested, state.dtype) == (
+            "fp4",
+            128,
+            False,
+            torch.float32,
+        )
         assert (layer.compute_dtype, layer.weight.dtype) == (torch.float16, torch.bfloat16)
 
 
@@ -115,7 +120,9 @@ def test_skipped_modules_stay_and_are_reported_with_their_pattern() -> None:
     model = quantize_(TiedModel(), QuantConfig(skip_modules=["down"]))
     assert type(model.down) is torch.nn.Linear
     assert type(model.up) is Linear4bit
-    assert {item.reason for item in report(model).kept if item.name == "down.weight"} == {"skip_modules (down)"}
+    assert {item.reason for item in report(model).kept if item.name == "down.weight"} == {
+        "skip_modules (down)"
+    }
 
 
 def test_subclasses_of_linear_stay_and_are_reported() -> None:
@@ -136,7 +143,9 @@ def test_a_layer_used_under_two_names_stays_one_layer() -> None:
     assert type(model["a"]) is Linear4bit
 
 
-def test_no_more_than_one_dense_weight_is_alive_beside_the_4_bit_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_one_dense_weight_is_alive_beside_the_4_bit_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     sizes = [torch.nn.Linear(64, 64, bias=False) for _ in range(6)]
     model = torch.nn.Sequential(*sizes)
     alive = [weakref.ref(layer) for layer in sizes]
@@ -175,7 +184,9 @@ def test_quantising_twice_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_dequantize_gives_ordinary_layers_with_the_same_values(dtype: torch.dtype | None, device: str) -> None:
+def test_dequantize_gives_ordinary_layers_with_the_same_values(
+    dtype: torch.dtype | None, device: str
+) -> None:
     model = quantize_(make_model(), device=device)
     values = model[0].dequantize(dtype)
     result = dequantize_(model, dtype)
@@ -210,7 +221,10 @@ def test_report_counts_values_bytes_and_bits() -> None:
     assert (found.num_values_kept, found.num_bytes_kept) == (kept, 4 * kept)
     text = str(found)
     assert "2 layers, 16.38 k weights in NF4 block 64 double-quantised" in text
-    assert "not quantised: embed.weight (Embedding): 2.05 k values, torch.float32, 8.19 kB: tied to lm_head" in text
+    assert (
+        "not quantised: embed.weight (Embedding): 2.05 k values, torch.float32, 8.19 kB: tied to lm_head"
+        in text
+    )
     assert "nothing is in 4 bits" in report(TiedModel()).summary()
 
 
@@ -227,4 +241,6 @@ def test_quantize_says_in_one_line_what_it_did(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.INFO, logger="qlora"):
         quantize_(make_model())
     (record,) = caplog.records
-    assert record.getMessage().startswith("qlora: 2 layers, 16.13 k weights in NF4 block 64 double-quantised, 4.1")
+    assert record.getMessage().startswith(
+        "qlora: 2 layers, 16.13 k weights in NF4 block 64 double-quantised, 4.1"
+    )

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal
 from layer_cases import assert_same_state, make_linear, make_model, quantized_linear, randn, state_tensors
 
+from assertions import assert_bitwise_equal
 from qlora import QuantConfig, quantize_
 from qlora.nn import Linear4bit
 
@@ -19,7 +19,13 @@ NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_keys_are_exactly_the_layouts(double_quant: bool, quant_type: str, device: str) -> None:
     layer = quantized_linear(device, double_quant=double_quant, quant_type=quant_type)
-    keys = ["weight", "bias", "weight.absmax", "weight.quant_map", f"weight.quant_state.bitsandbytes__{quant_type}"]
+    keys = [
+        "weight",
+        "bias",
+        "weight.absmax",
+        "weight.quant_map",
+        f"weight.quant_state.bitsandbytes__{quant_type}",
+    ]
     state = layer.state_dict(prefix="x.")
     assert set(state) == {f"x.{key}" for key in (*keys, *(NESTED if double_quant else ()))}
     assert {value.device.type for value in state.values()} == {device}
@@ -132,7 +138,10 @@ def damaged(change: str) -> dict[str, Any]:
     [
         ("truncated", r"qlora: 0.weight: expected 6144 packed bytes for shape \[96, 128\], got 6134"),
         ("no scales", "qlora: 0.weight: absmax is missing: have"),
-        ("no state", r"qlora: 0.weight: got torch.uint8 \[6144, 1\] without absmax, .*: the checkpoint is truncated"),
+        (
+            "no state",
+            r"qlora: 0.weight: got torch.uint8 \[6144, 1\] without absmax, .*: the checkpoint is truncated",
+        ),
         ("another shape", r"qlora: 0.weight: expected a weight of shape \[96, 128\], got \[96, 64\]"),
         ("16-bit of another shape", r"qlora: 0.weight: expected shape \[96, 128\], got \[96, 64\]"),
         ("nan", "qlora: 0.weight: .*holds NaN or Inf"),
@@ -168,4 +177,8 @@ def test_config_of_the_saved_weight_wins_over_that_of_the_layer() -> None:
     other = quantize_(make_linear(), QuantConfig())
     other.load_state_dict(layer.state_dict())
     assert other.quant_state is not None
-    assert (other.quant_state.blocksize, other.quant_state.quant_type, other.quant_state.nested) == (32, "fp4", False)
+    assert (other.quant_state.blocksize, other.quant_state.quant_type, other.quant_state.nested) == (
+        32,
+        "fp4",
+        False,
+    )

@@ -13,12 +13,11 @@ from ._post_import import when_imported
 __all__ = ["enable", "register_hooks", "when_imported"]
 
 # Host module, our module, and the function in it to call with the host once that is imported.
-_HOOKS = (
+_hooks_to_register = [
     ("transformers.quantizers.auto", "transformers", "register"),
     ("transformers.modeling_utils", "transformers", "patch_models"),
     ("peft.tuners.lora.model", "peft_dispatch", "install"),
-)
-_registered = False
+]
 
 
 _postponed: list[Callable[[], None]] = []
@@ -46,11 +45,9 @@ def run_postponed() -> None:
 
 def register_hooks() -> None:
     """Waits for the hosts. `import qlora` calls it; a second call does nothing."""
-    global _registered
-    if _registered:
-        return
-    _registered = True
-    for host, module, function in _HOOKS:
+    hooks = list(_hooks_to_register)
+    _hooks_to_register.clear()
+    for host, module, function in hooks:
         when_imported(host, _call(module, function))
 
 
@@ -73,7 +70,9 @@ def enable() -> None:
         ImportError: transformers is not installed.
     """
     if not is_installed("transformers"):
-        raise ImportError("qlora.enable: needs the package transformers, which is not installed: pip install transformers")
+        raise ImportError(
+            "qlora.enable: needs the package transformers, which is not installed: pip install transformers"
+        )
     register_hooks()
     from . import transformers
 

@@ -54,9 +54,10 @@ def _run(name: str, module: ModuleType) -> None:
     for callback in callbacks:
         try:
             callback(module)
-        except Exception as error:  # a host's import must not fail because of us
+        except Exception as error:  # noqa: BLE001  a host's import must not fail because of us
             warnings.warn(
-                f"qlora: its integration with {name} failed and is off: {type(error).__name__}: {error}", stacklevel=2
+                f"qlora: its integration with {name} failed and is off: {type(error).__name__}: {error}",
+                stacklevel=2,
             )
 
 

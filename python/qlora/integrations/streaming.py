@@ -74,7 +74,12 @@ class WeightStreamer:
     def takes(source: Tensor, device: torch.device) -> bool:
         """Whether a weight is worth the pipeline: the rest is quantised at once by `Params4bit.to`."""
         size = source.numel() * source.element_size()
-        return device.type == "cuda" and source.device.type == "cpu" and source.is_contiguous() and size >= _SMALLEST
+        return (
+            device.type == "cuda"
+            and source.device.type == "cpu"
+            and source.is_contiguous()
+            and size >= _SMALLEST
+        )
 
     def start(self, param: Params4bit, device: torch.device, name: str) -> Tensor:
         """Gives a fresh parameter its final buffers on `device`, and their contents in the background.
@@ -101,7 +106,9 @@ class WeightStreamer:
             state.absmax = torch.empty(blocks, dtype=torch.uint8, device=device)
             state.offset = torch.empty((), dtype=torch.float32, device=device)
             nested = torch.empty(num_nested_blocks(blocks), dtype=torch.float32, device=device)
-            state.state2 = QuantState(nested, code=nested_map, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32)
+            state.state2 = QuantState(
+                nested, code=nested_map, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32
+            )
             state.nested = True
         finite = torch.empty((), dtype=torch.bool, device=device)
         allocated = torch.cuda.current_stream(device).record_event()
@@ -149,8 +156,10 @@ class WeightStreamer:
                 lane = self._lane(device)
                 with torch.cuda.stream(lane.stream):
                     lane.stream.wait_event(allocated)
-                    absmax = state.absmax if state.offset is None else torch.empty(
-                        state.absmax.numel(), dtype=torch.float32, device=device
+                    absmax = (
+                        state.absmax
+                        if state.offset is None
+                        else torch.empty(state.absmax.numel(), dtype=torch.float32, device=device)
                     )
                     self._fill_blocks(lane, source.view(-1), packed.view(-1), absmax, state)
                     if state.offset is not None and state.state2 is not None:

@@ -15,12 +15,14 @@ from ..nn.params import Params4bit
 from ..nn.quant_state import STATE_KEYS
 
 if TYPE_CHECKING:
-    from .transformers import QloraHfQuantizer
+    from .transformers_quantizer import QloraHfQuantizer
 
 
 def is_ours(conversion: Any) -> bool:
     """Whether a weight conversion is one of these."""
-    return isinstance(conversion, WeightConverter) and any(isinstance(op, _Op) for op in conversion.operations)
+    return isinstance(conversion, WeightConverter) and any(
+        isinstance(op, _Op) for op in conversion.operations
+    )
 
 
 def _first(value: Any) -> Any:
@@ -43,11 +45,14 @@ class _Op(ConversionOps):
 class _Pending(Params4bit):
     """A weight on the host that transformers is about to send to its device, which quantises it on the way."""
 
+    pending: tuple[QloraHfQuantizer, str]
+
     def to(self, *args: Any, **kwargs: Any) -> Params4bit:
         device, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        quantizer, name = self.__dict__.pop("pending")
-        self.__class__ = Params4bit
-        return quantizer.quantize_weight(self, device, name)
+        quantizer: QloraHfQuantizer
+        quantizer, layer = self.__dict__.pop("pending")
+        self.__class__ = Params4bit  # type: ignore[assignment]
+        return quantizer.quantize_weight(self, device, layer)
 
 
 class Defer(_Op):
@@ -58,7 +63,12 @@ class Defer(_Op):
     """
 
     def convert(
-        self, input_dict: dict[str, Any], *args: Any, model: Any = None, full_layer_name: str = "", **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        *args: Any,
+        model: Any = None,
+        full_layer_name: str = "",
+        **kwargs: Any,
     ) -> dict[str, Any]:
         ((key, value),) = input_dict.items()
         tensor: Tensor = _first(value)
@@ -70,7 +80,9 @@ class Defer(_Op):
         layer = full_layer_name.removesuffix(".weight")
         if tuple(tensor.shape) != module.weight_shape():
             expected = list(module.weight_shape())
-            self.hf_quantizer.failures[layer] = f"expected a weight of shape {expected}, got {list(tensor.shape)}"
+            self.hf_quantizer.failures[layer] = (
+                f"expected a weight of shape {expected}, got {list(tensor.shape)}"
+            )
             return {key: Params4bit(torch.empty(0), bnb_quantized=True)}
         param = _Pending(tensor, **module.weight.__dict__)
         param.pending = (self.hf_quantizer, layer)
@@ -80,7 +92,9 @@ class Defer(_Op):
 class Quantize(_Op):
     """16- or 32-bit weights that another conversion made, already on their device -> Params4bit."""
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         result = {}
         for name, value in input_dict.items():
             tensor: Tensor = _first(value)
@@ -112,7 +126,12 @@ class Deserialize(_Op):
         return [*(f"weight.{key}" for key in STATE_KEYS), "weight"]
 
     def convert(
-        self, input_dict: dict[str, Any], *args: Any, model: Any = None, full_layer_name: str = "", **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        *args: Any,
+        model: Any = None,
+        full_layer_name: str = "",
+        **kwargs: Any,
     ) -> dict[str, Any]:
         module = _module_of(model, full_layer_name)
         values = {key: _first(value) for key, value in input_dict.items()}
@@ -136,7 +155,9 @@ class Deserialize(_Op):
         if weight is None:
             raise ValueError(f"weight is missing: have {', '.join(sorted(values))}")
         if not values:
-            raise ValueError(f"got {weight.dtype} {list(weight.shape)} without the tensors of a 4-bit weight beside it")
+            raise ValueError(
+                f"got {weight.dtype} {list(weight.shape)} without the tensors of a 4-bit weight beside it"
+            )
         stats = {key.removeprefix("weight."): value for key, value in values.items()}
         param = Params4bit.from_prequantized(weight, stats, device=weight.device)
         shape = param.quant_state.shape  # type: ignore[union-attr]

@@ -1,5 +1,7 @@
 """Modules over 4-bit weights, under bitsandbytes' class names."""
 
+from __future__ import annotations
+
 from .convert import dequantize_, quantize_
 from .embedding import Embedding4bit, EmbeddingFP4, EmbeddingNF4
 from .linear import Linear4bit, LinearFP4, LinearNF4

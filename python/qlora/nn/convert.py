@@ -73,8 +73,8 @@ def tied_modules(model: torch.nn.Module) -> dict[str, str]:
         if len(names) > 1:
             result.update({name: next(other for other in names if other != name) for name in names})
     # On the meta device transformers has not tied them yet, but says what it will tie.
-    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
-        target, source = target.removesuffix(".weight"), source.removesuffix(".weight")
+    for pair in dict(getattr(model, "all_tied_weights_keys", {})).items():
+        target, source = (key.removesuffix(".weight") for key in pair)
         result.setdefault(target, source)
         result.setdefault(source, target)
     return result
@@ -85,13 +85,14 @@ def head_modules(model: torch.nn.Module) -> set[str]:
     asked = None
     if hasattr(model, "get_output_embeddings"):
         try:
-            asked = model.get_output_embeddings()
+            asked = model.get_output_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
             asked = None
     return {
         name
         for name, module in model.named_modules()
-        if module is asked or (name and name.rpartition(".")[2] in HEAD_NAMES and type(module) is torch.nn.Linear)
+        if module is asked
+        or (name and name.rpartition(".")[2] in HEAD_NAMES and type(module) is torch.nn.Linear)
     }
 
 
@@ -117,12 +118,14 @@ def keep_reasons(model: torch.nn.Module, config: QuantConfig) -> dict[str, str]:
             reasons[name] = "kept in float32 by the model"
         elif not is_convertible(module, config):
             embedding = isinstance(module, torch.nn.Embedding)
-            reasons[name] = "embedding" if embedding else f"{type(module).__name__} is a subclass of nn.Linear"
+            reasons[name] = (
+                "embedding" if embedding else f"{type(module).__name__} is a subclass of nn.Linear"
+            )
     return reasons
 
 
 def empty_module_like(
-    module: torch.nn.Module, config: QuantConfig, compute_dtype: torch.dtype | None
+    module: Any, config: QuantConfig, compute_dtype: torch.dtype | None
 ) -> Linear4bit | Embedding4bit:
     """The 4-bit form of a module with its weight, not yet quantised, on the meta device; its bias is the module's."""
     kwargs: dict[str, Any] = {
@@ -143,14 +146,14 @@ def empty_module_like(
         new = Linear4bit(cols, rows, has_bias, compute_dtype, **kwargs)
         if has_bias:
             new.bias = module.bias
-    new.source_cls = type(module)  # type: ignore[assignment]  # Conv1D comes back as Conv1D
+    new.source_cls = type(module)  # Conv1D comes back as Conv1D
     new.train(module.training)
     new.weight.requires_grad_(False)
     return new
 
 
 def quantize_module(
-    module: torch.nn.Module,
+    module: Any,
     config: QuantConfig,
     *,
     name: str,
@@ -168,12 +171,16 @@ def quantize_module(
     fresh.quantize_on(target, name=new.describe(), check=True)
     new.weight = fresh
     if new._parameters.get("bias") is not None:
-        new.bias = torch.nn.Parameter(new.bias.detach().to(target), requires_grad=new.bias.requires_grad)
+        bias: Any = module.bias
+        new.bias = torch.nn.Parameter(bias.detach().to(target), requires_grad=bias.requires_grad)
     return new
 
 
 def quantize_(
-    model: torch.nn.Module, config: QuantConfig | None = None, *, device: torch.device | str | int | None = None
+    model: torch.nn.Module,
+    config: QuantConfig | None = None,
+    *,
+    device: torch.device | str | int | None = None,
 ) -> torch.nn.Module:
     """Stores the linear layers of any model in 4 bits, in place, and returns it.
 
@@ -243,10 +250,12 @@ def dequantize_module(module: Module4bit, dtype: torch.dtype | None = None) -> t
     """The ordinary layer (nn.Linear, nn.Embedding or Conv1D) with the dequantised weight, on the same device."""
     value = module.dequantize(dtype)
     new: torch.nn.Module
-    source = getattr(module, "source_cls", None)
+    source: Any = getattr(module, "source_cls", None)
     with torch.device("meta"):
         if isinstance(module, Embedding4bit):
-            new = torch.nn.Embedding(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx)
+            new = torch.nn.Embedding(
+                module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx
+            )
         elif is_conv1d_class(source):
             new = source(module.out_features, module.in_features)
             value = value.T.contiguous()
@@ -256,7 +265,9 @@ def dequantize_module(module: Module4bit, dtype: torch.dtype | None = None) -> t
     new.weight = torch.nn.Parameter(value, requires_grad=False)
     bias: Tensor | None = module._parameters.get("bias")
     if bias is not None:
-        new.bias = bias if dtype is None else torch.nn.Parameter(bias.to(dtype), requires_grad=bias.requires_grad)
+        new.bias = (
+            bias if dtype is None else torch.nn.Parameter(bias.to(dtype), requires_grad=bias.requires_grad)
+        )
     new.train(module.training)
     return new
 
@@ -279,5 +290,3 @@ def dequantize_(model: torch.nn.Module, dtype: torch.dtype | None = None) -> tor
     for callback in after_dequantize:
         callback(model)
     return model
-
-

@@ -15,7 +15,7 @@ from .params import Params4bit
 _embedding_4bit = torch.ops.qlora.embedding_4bit.default
 
 
-class Embedding4bit(Module4bit, torch.nn.Embedding):
+class Embedding4bit(Module4bit, torch.nn.Embedding):  # type: ignore[misc]  # weight is a Params4bit
     """nn.Embedding with its table [num_embeddings, embedding_dim] stored in 4 bits.
 
     Only the rows asked for are dequantised. Saved and loaded like Linear4bit; bitsandbytes cannot save its own.
@@ -59,7 +59,7 @@ class Embedding4bit(Module4bit, torch.nn.Embedding):
             state = self.quantized_state()
         nested = state.state2
         with torch._C.DisableTorchFunctionSubclass():
-            return _embedding_4bit(
+            rows: Tensor = _embedding_4bit(
                 input.long(),
                 self.weight,
                 state.absmax,
@@ -71,6 +71,7 @@ class Embedding4bit(Module4bit, torch.nn.Embedding):
                 state.quant_type,
                 self.dtype,
             )
+        return rows
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self._format_repr()}"

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..format import DEFAULT_BLOCK_SIZE
 from .. import ops  # noqa: F401  registers the operators
+from ..format import DEFAULT_BLOCK_SIZE
 from .module import Module4bit
 from .params import Params4bit
 
 _linear_4bit = torch.ops.qlora.linear_4bit.default
 
 
-class Linear4bit(Module4bit, torch.nn.Linear):
+class Linear4bit(Module4bit, torch.nn.Linear):  # type: ignore[misc]  # weight is a Params4bit
     """y = x W^T + b with W stored in 4 bits.
 
     Arguments and attributes are bitsandbytes'. The first `.to(device)` quantises the weight; its bytes and scales are
@@ -80,12 +80,12 @@ class Linear4bit(Module4bit, torch.nn.Linear):
             if torch.is_autocast_enabled(input.device.type):
                 result_dtype = torch.get_autocast_dtype(input.device.type)
             compute_dtype = result_dtype
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if bias is not None and bias.dtype != compute_dtype:
             bias = bias.to(compute_dtype)
         nested = state.state2
         with torch._C.DisableTorchFunctionSubclass():
-            result = _linear_4bit(
+            result: Tensor = _linear_4bit(
                 input if input.dtype == compute_dtype else input.to(compute_dtype),
                 weight,
                 state.absmax,
@@ -120,7 +120,16 @@ class LinearNF4(Linear4bit):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            *(input_features, output_features, bias, compute_dtype, compress_statistics, "nf4", quant_storage, device),
+            *(
+                input_features,
+                output_features,
+                bias,
+                compute_dtype,
+                compress_statistics,
+                "nf4",
+                quant_storage,
+                device,
+            ),
             **kwargs,
         )
 
@@ -140,6 +149,15 @@ class LinearFP4(Linear4bit):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            *(input_features, output_features, bias, compute_dtype, compress_statistics, "fp4", quant_storage, device),
+            *(
+                input_features,
+                output_features,
+                bias,
+                compute_dtype,
+                compress_statistics,
+                "fp4",
+                quant_storage,
+                device,
+            ),
             **kwargs,
         )

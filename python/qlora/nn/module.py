@@ -53,12 +53,12 @@ class Module4bit(torch.nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__["_quant_state"] = getattr(self._parameters.get("weight"), "quant_state", None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module4bit:
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         except NonFiniteWeightError as error:
             raise NonFiniteWeightError(self.describe()) from error
         # torch.nn.Module keeps the parameter object and swaps its data, so its state has to follow.
@@ -100,10 +100,12 @@ class Module4bit(torch.nn.Module):
             rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         missing_keys += [name for name in missing if not (ours and name == key)]
-        if ours:
+        if ours and value is not None:
             assign = bool(local_metadata.get("assign_to_params_buffers", False))
             try:
-                self._load_weight(value, {name[len(key) + 1 :]: tensor for name, tensor in stats.items()}, assign)
+                self._load_weight(
+                    value, {name[len(key) + 1 :]: tensor for name, tensor in stats.items()}, assign
+                )
             except (ValueError, RuntimeError) as error:
                 name = key if prefix or self.layer_name is None else f"{self.layer_name}.weight"
                 error_msgs.append(f"qlora: {name}: {error}")

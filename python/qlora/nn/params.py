@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,25 @@ from .tensor import NonFiniteWeightError, dequantize_tensor, is_finite, quantize
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from typing_extensions import Self
+
 _CHUNKING = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
 _ATTRIBUTES = (
-    *("blocksize", "compress_statistics", "quant_type", "quant_state", "quant_storage", "bnb_quantized", "module"),
+    *(
+        "blocksize",
+        "compress_statistics",
+        "quant_type",
+        "quant_state",
+        "quant_storage",
+        "bnb_quantized",
+        "module",
+    ),
 )
 
 
-def _rebuild(cls: type[Params4bit], data: Tensor, requires_grad: bool, attributes: dict[str, Any]) -> Params4bit:
+def _rebuild(
+    cls: type[Params4bit], data: Tensor, requires_grad: bool, attributes: dict[str, Any]
+) -> Params4bit:
     param = Tensor._make_subclass(cls, data, requires_grad)
     param.__dict__.update(attributes)
     return param
@@ -72,7 +85,7 @@ class Params4bit(torch.nn.Parameter):
         module: torch.nn.Module | None = None,
         bnb_quantized: bool = False,
         **kwargs: Any,
-    ) -> Params4bit:
+    ) -> Self:
         if data is None:
             data = torch.empty(0)
         self = Tensor._make_subclass(cls, data.detach(), requires_grad)
@@ -93,7 +106,7 @@ class Params4bit(torch.nn.Parameter):
         requires_grad: bool = False,
         device: torch.device | str | int | None = None,
         module: torch.nn.Module | None = None,
-        **kwargs: Any,
+        **kwargs: Any,  # noqa: ARG003  hosts pass more
     ) -> Params4bit:
         """From packed bytes and the state as a checkpoint holds it (`QuantState.from_dict`).
 
@@ -102,7 +115,7 @@ class Params4bit(torch.nn.Parameter):
         """
         state = QuantState.from_dict(quantized_stats, device=device)
         if state.shape is not None:
-            expected = num_packed_bytes(state.shape.numel())
+            expected = num_packed_bytes(math.prod(state.shape))
             got = data.numel() * data.element_size()
             if not expected <= got < expected + data.element_size():
                 raise ValueError(f"expected {expected} packed bytes for shape {list(state.shape)}, got {got}")
@@ -128,10 +141,10 @@ class Params4bit(torch.nn.Parameter):
             bnb_quantized=True,
         )
         if module is not None:
-            module.quant_state = state
+            module.quant_state = state  # type: ignore[assignment]
         return param
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values in their original shape, in `dtype` or the dtype they were quantised from."""
         if self.quant_state is None:
             return self.data if dtype is None else self.data.to(dtype)
@@ -168,17 +181,21 @@ class Params4bit(torch.nn.Parameter):
         self.quant_storage = packed.dtype
         self.bnb_quantized = True
         if self.module is not None:
-            self.module.quant_state = state
+            self.module.quant_state = state  # type: ignore[assignment]
 
-    def to(self, *args: Any, **kwargs: Any) -> Params4bit:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> Params4bit:
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         plain = plain_tensor(self)
         if not self.bnb_quantized:
             if device is not None and device.type != "meta" and plain.device.type != "meta":
                 return self.quantize_on(device, check=True)
-            return self._like(plain.to(device=device, dtype=dtype, non_blocking=non_blocking), self.quant_state)
+            return self._like(
+                plain.to(device=device, dtype=dtype, non_blocking=non_blocking), self.quant_state
+            )
         state = self.quant_state
-        if device is None or (_same_device(device, plain.device) and (state is None or state.device == plain.device)):
+        if device is None or (
+            _same_device(device, plain.device) and (state is None or state.device == plain.device)
+        ):
             return self
         # A parameter sent to the meta device (offload) comes back by the same state, which therefore stays.
         if state is not None and device.type != "meta":
@@ -189,30 +206,32 @@ class Params4bit(torch.nn.Parameter):
         attributes = {name: getattr(self, name) for name in _ATTRIBUTES} | {"quant_state": state}
         return type(self)(data, requires_grad=self.requires_grad, **attributes)
 
-    def cpu(self, *args: Any, **kwargs: Any) -> Params4bit:  # type: ignore[override]
+    def cpu(self, *args: Any, **kwargs: Any) -> Params4bit:
         return self.to("cpu")
 
-    def cuda(self, device: Any = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
+    def cuda(self, device: Any = None, non_blocking: bool = False, memory_format: Any = None) -> Params4bit:
         if device is None:
             device = torch.cuda.current_device()
-        return self.to(torch.device("cuda", device) if isinstance(device, int) else device, non_blocking=non_blocking)
+        return self.to(
+            torch.device("cuda", device) if isinstance(device, int) else device, non_blocking=non_blocking
+        )
 
     def _cast(self, dtype: torch.dtype) -> Params4bit:
         return self if self.bnb_quantized else self.to(dtype)
 
-    def half(self, *args: Any, **kwargs: Any) -> Params4bit:  # type: ignore[override]
+    def half(self, *args: Any, **kwargs: Any) -> Params4bit:
         return self._cast(torch.float16)
 
-    def bfloat16(self, *args: Any, **kwargs: Any) -> Params4bit:  # type: ignore[override]
+    def bfloat16(self, *args: Any, **kwargs: Any) -> Params4bit:
         return self._cast(torch.bfloat16)
 
-    def float(self, *args: Any, **kwargs: Any) -> Params4bit:  # type: ignore[override]
+    def float(self, *args: Any, **kwargs: Any) -> Params4bit:
         return self._cast(torch.float32)
 
-    def double(self, *args: Any, **kwargs: Any) -> Params4bit:  # type: ignore[override]
+    def double(self, *args: Any, **kwargs: Any) -> Params4bit:
         return self._cast(torch.float64)
 
-    def type(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def type(self, *args: Any, **kwargs: Any) -> Any:
         return self if self.bnb_quantized and (args or kwargs) else super().type(*args, **kwargs)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -223,8 +242,9 @@ class Params4bit(torch.nn.Parameter):
         return _rebuild(type(self), plain_tensor(self), self.requires_grad, self.__dict__.copy())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
-        if id(self) in memo:
-            return memo[id(self)]
+        known: Params4bit | None = memo.get(id(self))
+        if known is not None:
+            return known
         # The module is followed only where it is itself being copied, not dragged along by its weight.
         attributes = {key: value for key, value in self.__dict__.items() if key != "module"}
         new = _rebuild(
@@ -236,9 +256,13 @@ class Params4bit(torch.nn.Parameter):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs or {})
+        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if func in _CHUNKING and isinstance(args[0], Params4bit):
             source = args[0]
             return tuple(source._like(piece, source.quant_state) for piece in result)
@@ -246,16 +270,20 @@ class Params4bit(torch.nn.Parameter):
 
     # Dotted checkpoint names ("weight.absmax") are resolved attribute by attribute; properties, since torch.compile
     # does not trace __getattr__ of a tensor.
-    def _of_state(self, name: str) -> Any:
-        state = self.__dict__.get("quant_state")
+    def _of_state(self, name: str) -> QuantState:
+        state: QuantState | None = self.__dict__.get("quant_state")
         if state is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r} before it is quantised")
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r} before it is quantised"
+            )
         return state
 
-    def _of_nested(self, name: str) -> Any:
+    def _of_nested(self, name: str) -> QuantState:
         nested = self._of_state(name).state2
         if nested is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}: its scales are plain")
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}: its scales are plain"
+            )
         return nested
 
     @property
@@ -263,11 +291,11 @@ class Params4bit(torch.nn.Parameter):
         return self._of_state("absmax").absmax
 
     @property
-    def code(self) -> Tensor:
+    def code(self) -> Tensor | None:
         return self._of_state("code").code
 
     @property
-    def quant_map(self) -> Tensor:
+    def quant_map(self) -> Tensor | None:
         return self._of_state("quant_map").code
 
     @property
@@ -283,15 +311,15 @@ class Params4bit(torch.nn.Parameter):
         return self._of_nested("nested_absmax").absmax
 
     @property
-    def nested_blocksize(self) -> int:
+    def nested_blocksize(self) -> int | None:
         return self._of_nested("nested_blocksize").blocksize
 
     @property
-    def nested_quant_map(self) -> Tensor:
+    def nested_quant_map(self) -> Tensor | None:
         return self._of_nested("nested_quant_map").code
 
     @property
-    def nested_dtype(self) -> torch.dtype:
+    def nested_dtype(self) -> torch.dtype | None:
         return self._of_nested("nested_dtype").dtype
 
     @property

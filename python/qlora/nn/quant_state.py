@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,9 @@ def code_tensor(quant_type: str, device: torch.device) -> Tensor:
     if code is None:
         with torch.inference_mode(False):
             # 0.0 + turns the -0.0 of FP4 into the 0.0 that checkpoints hold.
-            code = torch.tensor([0.0 + value for value in CODES[quant_type]], dtype=torch.float32, device=device)
+            code = torch.tensor(
+                [0.0 + value for value in CODES[quant_type]], dtype=torch.float32, device=device
+            )
         if type(code) is Tensor:
             _code_of_device[key] = code
     return code
@@ -174,7 +177,9 @@ class QuantState:
         return tensors
 
     @classmethod
-    def from_dict(cls, qs_dict: Mapping[str, Any], device: torch.device | str | int | None = None) -> QuantState:
+    def from_dict(
+        cls, qs_dict: Mapping[str, Any], device: torch.device | str | int | None = None
+    ) -> QuantState:
         """From what `as_dict` gave, packed or not, with or without prefixes before the keys. `qs_dict` is not changed.
 
         Raises:
@@ -227,7 +232,7 @@ class QuantState:
         if self.blocksize not in BLOCK_SIZES:
             raise ValueError(f"blocksize: expected one of {BLOCK_SIZES}, got {self.blocksize!r}")
         if self.shape is not None:
-            expected = num_blocks(self.shape.numel(), self.blocksize)
+            expected = num_blocks(math.prod(self.shape), self.blocksize)
             if self.absmax.numel() != expected:
                 what = f"{expected} scales for shape {list(self.shape)} and blocksize {self.blocksize}"
                 raise ValueError(f"absmax: expected {what}, got {self.absmax.numel()}")
@@ -238,10 +243,14 @@ class QuantState:
         if self.code is not None and self.code.device.type != "meta":
             expected_code = code_tensor(self.quant_type, self.code.device)
             if self.code.shape != expected_code.shape or not torch.equal(self.code, expected_code):
-                raise ValueError(f"quant_map: expected the {self.quant_type} code book, got {self.code.tolist()}")
+                raise ValueError(
+                    f"quant_map: expected the {self.quant_type} code book, got {self.code.tolist()}"
+                )
         if self.state2 is not None:
             if self.state2.blocksize != NESTED_BLOCK_SIZE:
-                raise ValueError(f"nested_blocksize: expected {NESTED_BLOCK_SIZE}, got {self.state2.blocksize}")
+                raise ValueError(
+                    f"nested_blocksize: expected {NESTED_BLOCK_SIZE}, got {self.state2.blocksize}"
+                )
             expected = num_nested_blocks(self.absmax.numel())
             if self.state2.absmax.numel() != expected or self.state2.absmax.dtype is not torch.float32:
                 got = f"{self.state2.absmax.numel()} of {self.state2.absmax.dtype}"
@@ -271,13 +280,18 @@ def _dtype(name: Any, key: str) -> torch.dtype:
 def _read_text(texts: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the one packed tensor says."""
     if len(texts) != 1:
-        raise ValueError(f"expected exactly one of {', '.join(QuantState.valid_qs_type_keys)}, got {_names(texts)}")
+        raise ValueError(
+            f"expected exactly one of {', '.join(QuantState.valid_qs_type_keys)}, got {_names(texts)}"
+        )
     ((name, tensor),) = texts.items()
     try:
         values = json.loads(bytes(tensor.cpu().to(torch.uint8).tolist()).decode())
     except ValueError as error:
-        raise ValueError(f"quant_state.{name}: expected JSON text, got {tensor.numel()} damaged bytes") from error
-    if not isinstance(values, dict) or f"{_PACKED_PREFIX}{values.get('quant_type')}" != name:
+        raise ValueError(
+            f"quant_state.{name}: expected JSON text, got {tensor.numel()} damaged bytes"
+        ) from error
+    is_of_name = isinstance(values, dict) and f"{_PACKED_PREFIX}{values.get('quant_type')}" == name
+    if not is_of_name:
         raise ValueError(f"quant_state.{name}: expected a quant_type of the same name, got {values!r}")
     return values
 

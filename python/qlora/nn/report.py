@@ -73,13 +73,18 @@ class Report:
         """One line."""
         if not self.num_layers:
             return f"qlora: nothing is in 4 bits; {_count(self.num_values_kept)} values, {format_bytes(self.num_bytes_kept)}"
-        formats = ", ".join(f"{count} x {name}" if len(self.formats) > 1 else name for name, count in self.formats.items())
+        formats = ", ".join(
+            f"{count} x {name}" if len(self.formats) > 1 else name for name, count in self.formats.items()
+        )
         total = self.num_bytes + self.num_bytes_kept
         groups: dict[str, int] = defaultdict(int)
         for item in self.kept:
             groups[item.reason] += item.num_bytes
         listed = sum(groups.values())
-        parts = [f"{reason} {format_bytes(size)}" for reason, size in sorted(groups.items(), key=lambda pair: -pair[1])]
+        parts = [
+            f"{reason} {format_bytes(size)}"
+            for reason, size in sorted(groups.items(), key=lambda pair: -pair[1])
+        ]
         if self.num_bytes_kept > listed:
             parts.append(f"norms, biases and other small ones {format_bytes(self.num_bytes_kept - listed)}")
         rest = f"; not quantised: {'; '.join(parts)}" if parts else ""
@@ -119,7 +124,8 @@ def report(model: torch.nn.Module) -> Report:
     result.kept = [
         item
         for item in kept
-        if item.num_values > _LISTED_SHARE * total and (item.reason != "small" or item.num_values > 0.01 * total)
+        if item.num_values > _LISTED_SHARE * total
+        and (item.reason != "small" or item.num_values > 0.01 * total)
     ]
     return result
 
@@ -158,7 +164,11 @@ def _reason(module_name: str, module: torch.nn.Module, param: torch.Tensor, reas
         return EXPERTS_REASON
     if param.dim() < 2:
         return "small"
-    return f"{type(module).__name__} is not a linear layer" if type(module) is not torch.nn.Linear else "linear layer"
+    return (
+        f"{type(module).__name__} is not a linear layer"
+        if type(module) is not torch.nn.Linear
+        else "linear layer"
+    )
 
 
 def _count(number: int) -> str:

@@ -14,7 +14,9 @@ class NonFiniteWeightError(ValueError):
     """A weight holds NaN or Inf. Such a block would dequantise to NaN and spoil every output."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"qlora: {name} holds NaN or Inf: expected finite values (a damaged or diverged checkpoint?)")
+        super().__init__(
+            f"qlora: {name} holds NaN or Inf: expected finite values (a damaged or diverged checkpoint?)"
+        )
 
 
 def check_storage(name: str, num_values: int, quant_storage: torch.dtype) -> None:
