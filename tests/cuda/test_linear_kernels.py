@@ -144,21 +144,42 @@ def test_unknown_kernel_is_an_error_with_the_names(kernel) -> None:
         ops.linear_4bit(randn(2, 64, dtype=torch.bfloat16, seed=0), *args, **form)
 
 
+def linear(x: Tensor, weight: c_library.Weight4bit, y: Tensor, workspace: Tensor, size: int) -> int:
+    """qlora_linear_4bit_cuda's status."""
+    return c_library.library().qlora_linear_4bit_cuda(
+        *(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.shape[0]), c_library.DTYPES[x.dtype]),
+        *(ctypes.byref(weight), None, ctypes.c_void_p(y.data_ptr())),
+        *(ctypes.c_void_p(workspace.data_ptr()), ctypes.c_int64(size), 0, None),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_written_behind_the_workspace_or_the_output(kernel, dtype: torch.dtype) -> None:
+    for n, k in (
+        (7, 300),
+        (300, 776),
+        (600, 264),
+    ):  # chunks that end within a block of the dequantising kernel
+        args, _, _ = quantized(n, k, dtype, False)
+        weight = c_library.describe_weight(n, k)
+        weight.packed, weight.absmax = args[0].data_ptr(), args[1].data_ptr()
+        kernel("dense", 1)
+        size = c_library.workspace_size(weight, 3, dtype)
+        workspace = torch.full((size + (1 << 20),), 0x5A, dtype=torch.uint8, device="cuda")
+        y = torch.full((4, n), 77.0, dtype=dtype, device="cuda")
+        x = randn(3, k, dtype=dtype, seed=0)
+        torch.cuda.synchronize()
+        assert linear(x, weight, y, workspace, size) == c_library.OK, c_library.last_error()
+        torch.cuda.synchronize()
+        assert (workspace[size:] == 0x5A).all()
+        assert (y[3] == 77.0).all()
+
+
 def test_small_workspace_is_an_error_with_the_sizes() -> None:
     args, _, _ = quantized(64, 64, torch.bfloat16, False)
     x, y = (torch.zeros(2, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     weight = c_library.describe_weight(64, 64)
     weight.packed, weight.absmax = args[0].data_ptr(), args[1].data_ptr()
-    status = c_library.library().qlora_linear_4bit_cuda(
-        *(
-            ctypes.c_void_p(x.data_ptr()),
-            ctypes.c_int64(2),
-            c_library.DTYPES[x.dtype],
-            ctypes.byref(weight),
-            None,
-        ),
-        *(ctypes.c_void_p(y.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(16), 0, None),
-    )
-    assert status == c_library.INVALID_ARGUMENT
+    assert linear(x, weight, y, y, 16) == c_library.INVALID_ARGUMENT
     needed = c_library.workspace_size(weight, 2, torch.bfloat16)
     assert c_library.last_error() == f"linear_4bit: workspace_size: expected at least {needed}, got 16"
