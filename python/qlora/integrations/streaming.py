@@ -112,7 +112,7 @@ class WeightStreamer:
             state.nested = True
         finite = torch.empty((), dtype=torch.bool, device=device)
         allocated = torch.cuda.current_stream(device).record_event()
-        param._become(packed.view(param.quant_storage), state)
+        param._become(packed.view(-1).view(param.quant_storage).unsqueeze(1), state)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="qlora-load")
         self._places.acquire()

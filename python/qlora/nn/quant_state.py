@@ -273,7 +273,7 @@ def _names(keys: Mapping[str, Any]) -> str:
 def _dtype(name: Any, key: str) -> torch.dtype:
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{key}: expected the name of a torch dtype, got {name!r}")
+        raise ValueError(f"{key}: expected the name of a torch dtype, got {name!r}")  # noqa: TRY004
     return dtype
 
 
@@ -285,13 +285,12 @@ def _read_text(texts: Mapping[str, Tensor]) -> dict[str, Any]:
         )
     ((name, tensor),) = texts.items()
     try:
-        values = json.loads(bytes(tensor.cpu().to(torch.uint8).tolist()).decode())
+        values: dict[str, Any] = json.loads(bytes(tensor.cpu().to(torch.uint8).tolist()).decode())
     except ValueError as error:
         raise ValueError(
             f"quant_state.{name}: expected JSON text, got {tensor.numel()} damaged bytes"
         ) from error
-    is_of_name = isinstance(values, dict) and f"{_PACKED_PREFIX}{values.get('quant_type')}" == name
-    if not is_of_name:
+    if f"{_PACKED_PREFIX}{dict(values).get('quant_type')}" != name:
         raise ValueError(f"quant_state.{name}: expected a quant_type of the same name, got {values!r}")
     return values
 
