@@ -17,7 +17,9 @@ OWN = {"--resume": 1, "--dry-run": 0}
 def test_values_are_typed_by_the_dataclass_fields(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     # 1e-4 without a point is text in YAML 1.1.
-    file.write_text("learning_rate: 1e-4\nmax_steps: 5\npacking: true\nlora_target_modules: [q_proj, v_proj]\n")
+    file.write_text(
+        "learning_rate: 1e-4\nmax_steps: 5\npacking: true\nlora_target_modules: [q_proj, v_proj]\n"
+    )
     config = read(file, [])
     assert config.sft == {"learning_rate": 1e-4, "max_steps": 5, "packing": True}
     assert config.ours == {"lora_target_modules": ["q_proj", "v_proj"]}
@@ -39,7 +41,12 @@ def test_null_and_none_unset_a_key(tmp_path: Path) -> None:
 
 
 def test_dump_reads_back_as_the_same_configuration(tmp_path: Path) -> None:
-    keys = [("lora_r", ["4"]), ("learning_rate", ["2e-5"]), ("columns", ["a:b", "c:d"]), ("max_length", ["none"])]
+    keys = [
+        ("lora_r", ["4"]),
+        ("learning_rate", ["2e-5"]),
+        ("columns", ["a:b", "c:d"]),
+        ("max_length", ["none"]),
+    ]
     config = read(None, keys)
     file = tmp_path / "again.yaml"
     file.write_text(dump(config))
@@ -82,14 +89,34 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_given_keys_win_over_defaults() -> None:
     config = Config({"lora_r": 4}, {"max_steps": 3, "use_cpu": True})
-    defaults = {"lora_r": 8, "lora_alpha": 9, "max_steps": 1, "learning_rate": 0.5, "bf16": False, "output_dir": "x"}
+    defaults = {
+        "lora_r": 8,
+        "lora_alpha": 9,
+        "max_steps": 1,
+        "learning_rate": 0.5,
+        "bf16": False,
+        "output_dir": "x",
+    }
     ours, sft = config.arguments(defaults), config.sft_config(defaults)
     assert (ours.lora_r, ours.lora_alpha) == (4, 9)
     assert (sft.max_steps, sft.learning_rate) == (3, 0.5)
 
 
 def test_take_keys_splits_the_commands_own_options_from_keys() -> None:
-    words = ["run.yaml", "--resume", "out", "--lora_r", "4", "--dry-run", "--columns", "a:b", "c:d", "--x=-1", "--y", "-2"]
+    words = [
+        "run.yaml",
+        "--resume",
+        "out",
+        "--lora_r",
+        "4",
+        "--dry-run",
+        "--columns",
+        "a:b",
+        "c:d",
+        "--x=-1",
+        "--y",
+        "-2",
+    ]
     own, keys = take_keys(words, OWN)
     assert own == ["run.yaml", "--resume", "out", "--dry-run"]
     assert keys == [("lora_r", ["4"]), ("columns", ["a:b", "c:d"]), ("x", ["-1"]), ("y", ["-2"])]

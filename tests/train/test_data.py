@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import write_rows
 
 from qlora.train import data
 from qlora.train.config import ConfigError, QloraArguments
+from tiny_run import write_rows
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 pytestmark = pytest.mark.filterwarnings("default")
@@ -50,7 +50,9 @@ def test_formats_are_recognised_by_their_columns(columns: list[str], name: str) 
 
 
 def test_unknown_columns_are_named_with_the_known_formats() -> None:
-    with pytest.raises(ConfigError, match=r"has the columns 'answer', 'question'; expected .*alpaca.*--columns old:new"):
+    with pytest.raises(
+        ConfigError, match=r"has the columns 'answer', 'question'; expected .*alpaca.*--columns old:new"
+    ):
         data.recognise(["answer", "question"])
 
 
@@ -139,7 +141,9 @@ def test_columns_renames(tmp_path: Path) -> None:
         ("missing.csv", None, "no file .*missing.csv"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+def test_a_file_that_cannot_be_read_is_one_error(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=message):

@@ -27,7 +27,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing_else(
     path = tmp_path / "file.json"
     files.write_json(path, {"a": 1})
 
-    def no_space(descriptor: int) -> None:
+    def no_space(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
@@ -41,9 +41,9 @@ def test_directory_is_replaced_only_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "model"
     with files.whole_directory(target) as directory:
         (directory / "a").write_text("1")
-    with pytest.raises(RuntimeError), files.whole_directory(target) as directory:
+    with pytest.raises(NotADirectoryError), files.whole_directory(target) as directory:  # noqa: PT012
         (directory / "a").write_text("2")
-        raise RuntimeError
+        (directory / "a" / "b").write_text("2")
     assert (target / "a").read_text() == "1"
     with files.whole_directory(target) as directory:
         (directory / "b").write_text("3")
@@ -65,7 +65,11 @@ def test_checkpoint_with_a_missing_file_or_a_damaged_marker_is_not_complete(tmp_
     (missing / "weights").unlink()
     assert not checkpoints.is_complete(missing)
     for content in ("", "[]", '{"files": 3}', '{"files'):
-        damaged = make_checkpoint(tmp_path / content.replace("/", ""), 2) if content else make_checkpoint(tmp_path, 2)
+        damaged = (
+            make_checkpoint(tmp_path / content.replace("/", ""), 2)
+            if content
+            else make_checkpoint(tmp_path, 2)
+        )
         (damaged / checkpoints.MARKER).write_text(content)
         assert not checkpoints.is_complete(damaged)
 
@@ -91,4 +95,8 @@ def test_rotation_keeps_the_newest_whole_ones_and_the_best(tmp_path: Path) -> No
         make_checkpoint(tmp_path, step)
     make_checkpoint(tmp_path, 5, complete=False)
     checkpoints.keep_newest(tmp_path, 2, best="anywhere/checkpoint-1")
-    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == [
+        "checkpoint-1",
+        "checkpoint-3",
+        "checkpoint-4",
+    ]

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+
 import tiny_run
 
 pytest.importorskip("trl", reason="trl is not installed")
@@ -121,18 +122,28 @@ def test_loss_is_on_the_answer_only(inputs: Path, tmp_path: Path, capsys: pytest
     rows = tiny_run.write_rows(tmp_path / "rows.jsonl", [{"instruction": "QUESTION", "output": "REPLY"}] * 4)
     arguments = [*keys(inputs, tmp_path / "output"), f"--dataset_name={rows}", "--dry-run"]
     assert tiny_run.run_in_process("train", *arguments) == 0
-    marked = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("  prompt | ", "  answer | "))]
+    marked = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("  prompt | ", "  answer | "))
+    ]
     assert marked[-1] == "  answer | REPLY<|im_end|>"
     assert all(line.startswith("  prompt | ") for line in marked[:-1])
 
 
 def test_interrupted_run_resumes_to_the_same_weights(
-    inputs: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "output"
     begin = training.Speed.on_step_begin
 
-    def press_ctrl_c(self: training.Speed, args: object, state: object, control: object, **kwargs: object) -> None:
+    def press_ctrl_c(
+        self: training.Speed, args: object, state: object, control: object, **kwargs: object
+    ) -> None:
         begin(self, args, state, control, **kwargs)
         if state.global_step == 2:  # type: ignore[attr-defined]
             signal.raise_signal(signal.SIGINT)
@@ -150,7 +161,10 @@ def test_interrupted_run_resumes_to_the_same_weights(
     assert_same_adapter(output, finished)
     logs = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [log["step"] for log in logs if "loss" in log] == list(range(1, STEPS + 1))
-    before = [json.loads((run / "metrics.json").read_text())["held_out_loss"]["before"] for run in (output, finished)]
+    before = [
+        json.loads((run / "metrics.json").read_text())["held_out_loss"]["before"]
+        for run in (output, finished)
+    ]
     assert before[0] == before[1]
 
 

@@ -4,6 +4,8 @@ Exit status: 0 done, 1 failed, 2 bad arguments, 130 interrupted. A failure is on
 variable QLORA_DEBUG=1 shows the traceback instead.
 """
 
+from __future__ import annotations
+
 from qlora.cli.main import main
 
 __all__ = ["main"]

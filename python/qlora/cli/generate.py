@@ -1,8 +1,8 @@
 """Answers prompts with a model, an adapter on its base, or the last training's result.
 
-  qlora generate                             the last training's result, an example prompt
-  qlora generate DIR --prompt "Hello"        a model or adapter directory, or a hub name
-  qlora generate < prompts.txt               one prompt a line
+qlora generate                             the last training's result, an example prompt
+qlora generate DIR --prompt "Hello"        a model or adapter directory, or a hub name
+qlora generate < prompts.txt               one prompt a line
 """
 
 from __future__ import annotations
@@ -17,19 +17,27 @@ from qlora.cli.main import UsageError
 NAME = "generate"
 HELP = "answer prompts with a model or the last training's result"
 
-EXAMPLE = '''def chunks(values, size):
+EXAMPLE = """def chunks(values, size):
     for start in range(0, len(values), size):
-        yield values[start : start + size]'''
+        yield values[start : start + size]"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="model or adapter (default: the last training output)")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="model or adapter (default: the last training output)"
+    )
     parser.add_argument("--adapter", metavar="DIR", help="adapter to put on MODEL")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times (default: stdin)")
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="may be given several times (default: stdin)"
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message, for models with a chat template")
-    parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of sampling; default: %(default)s")
     parser.add_argument("--no-4bit", action="store_true", help="keep the model in 16 bit")
 
@@ -77,7 +85,9 @@ def find_model(model: str | None, adapter: str | None) -> tuple[str, Path | None
     if model is None and adapter is None:
         adapter = session.DEFAULT_OUTPUT_DIR
         if not is_adapter(Path(adapter)):
-            raise UsageError(f"expected a MODEL: there is no training output in {adapter} (`qlora train` makes one)")
+            raise UsageError(
+                f"expected a MODEL: there is no training output in {adapter} (`qlora train` makes one)"
+            )
     elif model is not None and adapter is None and is_adapter(Path(model)):
         model, adapter = None, model
     if adapter is None:

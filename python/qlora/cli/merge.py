@@ -22,7 +22,9 @@ HELP = "merge an adapter into its base: a 16-bit checkpoint"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter directory or hub name")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to write")
-    parser.add_argument("--base", metavar="MODEL", help="base model (default: the one that the adapter names)")
+    parser.add_argument(
+        "--base", metavar="MODEL", help="base model (default: the one that the adapter names)"
+    )
     parser.add_argument(
         "--mode",
         choices=("original", "dequantized"),
@@ -32,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: %(default)s"
     )
-    parser.add_argument("--no-check", action="store_true", help="do not measure the quantisation error of each layer")
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not measure the quantisation error of each layer"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
 
 

@@ -17,11 +17,17 @@ HELP = "write a 4-bit checkpoint of a model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model directory or hub name, in 16 or 32 bit")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write; must not exist")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="where to write; must not exist"
+    )
     parser.add_argument("--quant-type", choices=("nf4", "fp4"), default="nf4", help="default: %(default)s")
-    parser.add_argument("--block-size", type=int, default=64, metavar="N", help="weights a scale; default: %(default)s")
+    parser.add_argument(
+        "--block-size", type=int, default=64, metavar="N", help="weights a scale; default: %(default)s"
+    )
     parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32")
-    parser.add_argument("--skip", action="append", metavar="NAME", help="module left in 16 bit; may be given several times")
+    parser.add_argument(
+        "--skip", action="append", metavar="NAME", help="module left in 16 bit; may be given several times"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
                         help="of what is not quantised; default: %(default)s")  # fmt: skip
 

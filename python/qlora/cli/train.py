@@ -25,12 +25,16 @@ OWN_OPTIONS = {"--resume": 1, "--dry-run": 0, "--help-keys": 0, "--help": 0, "-h
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "qlora train [CONFIG.yaml] [--KEY VALUE ...] [--resume [auto|DIR]] [--dry-run]"
-    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="file of `key: value` lines")
+    parser.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="file of `key: value` lines"
+    )
     parser.add_argument(
         "--resume", nargs="?", const="auto", metavar="DIR", help="continue from the last complete checkpoint"
     )
     parser.add_argument("--dry-run", action="store_true", help="load and check everything, train nothing")
-    parser.add_argument("--help-keys", action="store_true", help="list every key with its meaning and default")
+    parser.add_argument(
+        "--help-keys", action="store_true", help="list every key with its meaning and default"
+    )
 
 
 def take_keys(words: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:

@@ -77,7 +77,9 @@ def to_resume(output_dir: Path, wanted: str) -> tuple[Path, list[Path]]:
     directory = output_dir if wanted == "auto" else Path(wanted)
     if step_of(directory) is not None and directory.is_dir():
         if not is_complete(directory):
-            raise ConfigError(f"resume: {directory} was not written to its end; --resume auto takes the last whole one")
+            raise ConfigError(
+                f"resume: {directory} was not written to its end; --resume auto takes the last whole one"
+            )
         return directory, []
     found, skipped = last_complete(directory)
     if found is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 if TYPE_CHECKING:
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
 # The spelling of other tools -> ours. Named in the error, not accepted: one key, one name.
 OTHER_NAMES = {
@@ -63,7 +63,8 @@ class QloraArguments:
     """The keys that SFTConfig does not have; names as in TRL's own command where it has them."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model directory or hub name. Without it: the built-in SmolLM2-135M-Instruct."}
+        default=None,
+        metadata={"help": "Model directory or hub name. Without it: the built-in SmolLM2-135M-Instruct."},
     )
     model_revision: str | None = field(default=None, metadata={"help": "Hub revision of the model."})
     attn_implementation: str | None = field(
@@ -73,12 +74,18 @@ class QloraArguments:
         default=None,
         metadata={"help": "Type of all that is not 4-bit, and of the compute: bfloat16, float16 or float32."},
     )
-    load_in_4bit: bool = field(default=True, metadata={"help": "Quantise the model's linear layers to 4 bits."})
-    quant_type: str = field(default="nf4", metadata={"help": "4-bit code: nf4 or fp4.", "choices": ["nf4", "fp4"]})
+    load_in_4bit: bool = field(
+        default=True, metadata={"help": "Quantise the model's linear layers to 4 bits."}
+    )
+    quant_type: str = field(
+        default="nf4", metadata={"help": "4-bit code: nf4 or fp4.", "choices": ["nf4", "fp4"]}
+    )
     block_size: int = field(default=64, metadata={"help": "Weights that share a scale: 32, 64, ... 4096."})
     double_quant: bool = field(default=True, metadata={"help": "Store the scales in 8 bits as well."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by alpha / r (rsLoRA: / sqrt(r))."})
+    lora_alpha: int = field(
+        default=32, metadata={"help": "The adapter is scaled by alpha / r (rsLoRA: / sqrt(r))."}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "Layers that get an adapter, by name."}
@@ -90,20 +97,29 @@ class QloraArguments:
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "JSON, JSONL, Parquet or CSV file, directory, or hub name. Without it: the built-in task."},
+        metadata={
+            "help": "JSON, JSONL, Parquet or CSV file, directory, or hub name. Without it: the built-in task."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Hub configuration of the dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to hold out."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "A dataset of its own to hold out."})
-    eval_fraction: float = field(
-        default=0.05, metadata={"help": "Part of the training data to hold out where no other is named; 0 for none."}
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "A dataset of its own to hold out."}
     )
-    eval_samples: int = field(default=200, metadata={"help": "At most so many held-out examples are used; 0 for all."})
+    eval_fraction: float = field(
+        default=0.05,
+        metadata={"help": "Part of the training data to hold out where no other is named; 0 for none."},
+    )
+    eval_samples: int = field(
+        default=200, metadata={"help": "At most so many held-out examples are used; 0 for all."}
+    )
     columns: list[str] | None = field(
         default=None, metadata={"help": "Renames dataset columns: old:new old:new ..."}
     )
-    num_samples: int = field(default=3, metadata={"help": "Held-out prompts answered before and after; 0 for none."})
+    num_samples: int = field(
+        default=3, metadata={"help": "Held-out prompts answered before and after; 0 for none."}
+    )
     sample_tokens: int = field(default=64, metadata={"help": "Longest sample answer, in tokens."})
     max_minutes: float | None = field(
         default=None, metadata={"help": "Stop training after so many minutes, as after the last step."}
@@ -131,7 +147,7 @@ class Config:
 
     def sft_config(self, defaults: dict[str, Any]) -> SFTConfig:
         """SFTConfig's keys over `defaults` (which may hold our own keys too)."""
-        from trl import SFTConfig
+        from trl.trainer.sft_config import SFTConfig
 
         names = {f.name for f in dataclasses.fields(SFTConfig) if f.init}
         try:
@@ -157,7 +173,9 @@ def read(path: Path | None, keys: list[tuple[str, list[str]]]) -> Config:
         name = key.replace("-", "_")
         if name not in known:
             raise ConfigError(_unknown_key(key, sorted(known)))
-        if len(values) == 1 and (values[0] == _NULL or (name in optional and values[0].lower() in ("none", "null"))):
+        if len(values) == 1 and (
+            values[0] == _NULL or (name in optional and values[0].lower() in ("none", "null"))
+        ):
             nones.add(name)
             continue
         if len(values) > 1 and name not in lists:
@@ -219,14 +237,16 @@ def dump(config: Config) -> str:
 
 def _make_parser(*, ours_only: bool = False, help: bool = False) -> argparse.ArgumentParser:
     from transformers import HfArgumentParser
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     class Parser(HfArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> NoReturn:
             raise ConfigError(re.sub(r"^argument --(\w+)[^:]*", r"\1", message))
 
-    classes = [QloraArguments] if ours_only else [QloraArguments, SFTConfig]
-    parser: argparse.ArgumentParser = Parser(classes, add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    classes: Any = [QloraArguments] if ours_only else [QloraArguments, SFTConfig]
+    parser: argparse.ArgumentParser = Parser(
+        classes, add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS
+    )
     if not help:
         for action in parser._actions:
             action.default = argparse.SUPPRESS
@@ -239,7 +259,7 @@ def _known_keys(parser: argparse.ArgumentParser) -> set[str]:
 
 def _optional_keys() -> set[str]:
     """Keys for which the word "none" means None. Where text is allowed, "none" is text (report_to)."""
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     hints = {**get_type_hints(SFTConfig), **get_type_hints(QloraArguments)}
     types = {name: getattr(hint, "__args__", ()) for name, hint in hints.items()}

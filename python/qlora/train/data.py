@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
 ROWS_PER_PART = 10_000
 KNOWN = "prompt/completion; messages; conversations (sharegpt); instruction/(input)/output (alpaca); text"
 
@@ -58,7 +64,9 @@ def load(name: str, *, config: str | None, split: str, columns: list[str] | None
         if not colon or not old or not new:
             raise ConfigError(f"columns: expected old:new, got {rename!r}")
         if old not in dataset.column_names:
-            raise ConfigError(f"columns: {name} has no column {old!r}; its columns are {_names(dataset.column_names)}")
+            raise ConfigError(
+                f"columns: {name} has no column {old!r}; its columns are {_names(dataset.column_names)}"
+            )
         if new in dataset.column_names:
             dataset = dataset.remove_columns(new)
         dataset = dataset.rename_column(old, new)
@@ -84,10 +92,12 @@ def recognise(columns: list[str], text_column: str = "text") -> Format:
     if "conversations" in present:
         return Format("sharegpt", ("conversations",), _from_sharegpt)
     if {"instruction", "output"} <= present:
-        return Format("alpaca", tuple(c for c in ("instruction", "input", "output") if c in present), _from_alpaca)
+        return Format(
+            "alpaca", tuple(c for c in ("instruction", "input", "output") if c in present), _from_alpaca
+        )
     if text_column in present:
 
-        def from_text(row: Row, has_template: bool) -> list[Row]:
+        def from_text(row: Row, _: bool) -> list[Row]:
             return [{text_column: _text(row, text_column)}]
 
         return Format("text", (text_column,), from_text)
@@ -132,7 +142,9 @@ def train_and_held_out(arguments: QloraArguments, seed: int) -> tuple[Dataset, D
         held_out = load(name, config=config, split=arguments.dataset_test_split, columns=arguments.columns)
     elif arguments.eval_fraction > 0:
         if not arguments.eval_fraction < 1:
-            raise ConfigError(f"eval_fraction: expected a number from 0 to below 1, got {arguments.eval_fraction}")
+            raise ConfigError(
+                f"eval_fraction: expected a number from 0 to below 1, got {arguments.eval_fraction}"
+            )
         if len(train) < 2:
             raise ConfigError(f"eval_fraction: {name} has 1 row and none to hold out; set eval_fraction to 0")
         count = min(max(1, round(len(train) * arguments.eval_fraction)), len(train) - 1)
@@ -163,7 +175,9 @@ def _map_rows(dataset: Dataset, format: Format, examples_of: Callable[[Row], lis
 def _first_split(name: str, config: str | None) -> str:
     if _loader_of(name) is not None:
         return "train"
-    return next((split for split in ("test", "validation") if has_split(name, config=config, split=split)), "train")
+    return next(
+        (split for split in ("test", "validation") if has_split(name, config=config, split=split)), "train"
+    )
 
 
 def _loader_of(name: str) -> str | None:
@@ -188,7 +202,7 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
                 text = datasets.Value("string")
                 options = {
                     "keep_default_na": False,
-                    "features": datasets.Features({column: text for column in _csv_columns(path)}),
+                    "features": datasets.Features(dict.fromkeys(_csv_columns(path), text)),
                 }
             return datasets.load_dataset(loader, data_files=str(path), split=split, **options)
         return datasets.load_dataset(str(path) if path.exists() else name, config, split=split)
@@ -196,7 +210,9 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
         cause = error.__cause__ or error
         raise ConfigError(f"dataset_name: cannot read {name}: {_first_line(cause)}") from error
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(f"dataset_name: cannot load {name!r}, split {split!r}: {_first_line(error)}") from error
+        raise ConfigError(
+            f"dataset_name: cannot load {name!r}, split {split!r}: {_first_line(error)}"
+        ) from error
 
 
 def _csv_columns(path: Path) -> list[str]:
@@ -215,7 +231,7 @@ def _names(columns: list[str]) -> str:
 def _text(row: Row, column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
-        raise ValueError(f"column {column!r}: expected text, got {_describe(value)}")
+        raise ValueError(f"column {column!r}: expected text, got {_describe(value)}")  # noqa: TRY004
     if not value.strip():
         raise ValueError(f"column {column!r}: expected text, got an empty string")
     return value
@@ -230,19 +246,19 @@ def _conversation(row: Row, column: str) -> list[Message]:
     turns = row[column]
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"column {column!r}: expected a list of messages, got {_describe(turns)}")
-    messages = []
-    for position, turn in enumerate(turns):
-        turn = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else turn
-        where = f"column {column!r}, message {position}"
-        if not isinstance(turn, dict) or not ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys()):
-            raise ValueError(f"{where}: expected {{role, content}} or {{from, value}}, got {_describe(turn)}")
-        if "from" in turn:
-            role = ROLES.get(turn["from"], turn["from"])
-            turn = {"role": role, "content": turn["value"]}
-        if not isinstance(turn["content"], str):
-            raise ValueError(f"{where}: content: expected text, got {_describe(turn['content'])}")
-        messages.append({key: turn[key] for key in turn})
-    return messages
+    return [_message(turn, f"column {column!r}, message {position}") for position, turn in enumerate(turns)]
+
+
+def _message(turn: Any, where: str) -> Message:
+    """One message as {role, content, ...}. Parquet and Arrow give every message every key: empty ones go."""
+    given = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else {}
+    if {"from", "value"} <= given.keys():
+        given = {"role": ROLES.get(given["from"], given["from"]), "content": given["value"]}
+    if not {"role", "content"} <= given.keys():
+        raise ValueError(f"{where}: expected {{role, content}} or {{from, value}}, got {_describe(turn)}")
+    if not isinstance(given["content"], str):  # a ValueError all the same: the row is wrong
+        raise ValueError(f"{where}: content: expected text, got {_describe(given['content'])}")  # noqa: TRY004
+    return given
 
 
 def _answers(messages: list[Message]) -> list[Row]:
@@ -254,15 +270,15 @@ def _answers(messages: list[Message]) -> list[Row]:
     ]
 
 
-def _from_messages(row: Row, has_template: bool) -> list[Row]:
+def _from_messages(row: Row, _: bool) -> list[Row]:
     return _answers(_conversation(row, "messages"))
 
 
-def _from_sharegpt(row: Row, has_template: bool) -> list[Row]:
+def _from_sharegpt(row: Row, _: bool) -> list[Row]:
     return _answers(_conversation(row, "conversations"))
 
 
-def _from_prompt_completion(row: Row, has_template: bool) -> list[Row]:
+def _from_prompt_completion(row: Row, _: bool) -> list[Row]:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) or isinstance(completion, list):
         return [{"prompt": _conversation(row, "prompt"), "completion": _conversation(row, "completion")}]
@@ -273,7 +289,7 @@ def _from_alpaca(row: Row, has_template: bool) -> list[Row]:
     instruction, output = _text(row, "instruction"), _text(row, "output")
     context = row.get("input") or ""
     if not isinstance(context, str):
-        raise ValueError(f"column 'input': expected text, got {_describe(context)}")
+        raise ValueError(f"column 'input': expected text, got {_describe(context)}")  # noqa: TRY004
     if has_template:
         content = f"{instruction}\n\n{context}" if context.strip() else instruction
         return [

@@ -18,7 +18,9 @@ from pathlib import Path
 INSTRUCTION = "Write the docstring of this Python function."
 HELD_OUT_OF_100 = 10
 # Not library code, or not from this library: tests, demos, bundled applications, installed packages.
-SKIPPED = frozenset({"test", "tests", "idle_test", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__"})
+SKIPPED = frozenset(
+    {"test", "tests", "idle_test", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
+)
 MAX_SOURCE = 1200  # characters; longer ones cost more compute than they teach
 MIN_SUMMARY, MAX_SUMMARY = 12, 300
 

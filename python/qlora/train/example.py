@@ -26,6 +26,6 @@ def render(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> s
     if len(lines) > MAX_LINES:
         half = MAX_LINES // 2
         lines = [*lines[:half], f"         | ... {len(lines) - 2 * half} lines ...", *lines[-half:]]
-    trained = sum(label != -100 for label in labels)
-    head = f"One training example: {len(input_ids)} tokens, the loss is on the {trained} of the lines marked answer:"
+    num_trained = sum(label != -100 for label in labels)
+    head = f"One training example: {len(input_ids)} tokens, the loss is on the {num_trained} of the lines marked answer:"
     return "\n".join([head, *lines])

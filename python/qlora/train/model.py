@@ -37,7 +37,9 @@ def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> 
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model_name_or_path: cannot load the tokenizer of {name!r}: {_first_line(error)}") from error
+        raise ConfigError(
+            f"model_name_or_path: cannot load the tokenizer of {name!r}: {_first_line(error)}"
+        ) from error
 
 
 def load_model(

@@ -9,7 +9,9 @@ from typing import Any
 from qlora.train import files
 
 
-def write_loss_plot(path: Path, history: list[dict[str, Any]], held_out: list[tuple[int, float]], title: str) -> None:
+def write_loss_plot(
+    path: Path, history: list[dict[str, Any]], held_out: list[tuple[int, float]], title: str
+) -> None:
     """Draws the `loss` entries of the trainer's `history` and the (step, held-out loss) points.
 
     Nothing is written where there is nothing to draw.
@@ -20,7 +22,7 @@ def write_loss_plot(path: Path, history: list[dict[str, Any]], held_out: list[tu
     from matplotlib.figure import Figure
 
     training = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    points = sorted({step: loss for step, loss in held_out}.items())
+    points = sorted(dict(held_out).items())
     if not training and not points:
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -34,7 +36,12 @@ def write_loss_plot(path: Path, history: list[dict[str, Any]], held_out: list[tu
         )  # fmt: skip
         for step, loss in (points[0], points[-1]) if len(points) > 1 else points:
             axes.annotate(
-                f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 7), ha="center", color="tab:orange"
+                f"{loss:.3f}",
+                (step, loss),
+                textcoords="offset points",
+                xytext=(0, 7),
+                ha="center",
+                color="tab:orange",
             )
     axes.set(xlabel="optimiser step", ylabel="loss per trained token (nats)", title=title)
     axes.margins(x=0.05, y=0.12)

@@ -89,7 +89,9 @@ def run(config: Config, *, resume: str | None, dry_run: bool) -> int:
     _write_arguments(output_dir, config, defaults)
     before = _measure_before(prepared, output_dir, resumed=checkpoint is not None)
     with _stop_on_interrupt(prepared.interrupt), contextlib.closing(prepared.progress):
-        result = prepared.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        result = prepared.trainer.train(
+            resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+        )
     _write_history(output_dir, prepared.trainer)
     if prepared.interrupt.requested:
         _print_interrupted(output_dir, prepared.trainer)
@@ -143,7 +145,11 @@ def _prepare(config: Config, defaults: dict[str, Any], device: torch.device) -> 
     torch.manual_seed(sft.seed)
     print(f"loading {title} ...", flush=True)
     model = models.load_model(
-        name, arguments, device=device, dtype=defaults_dtype(config, defaults), trust_remote_code=sft.trust_remote_code
+        name,
+        arguments,
+        device=device,
+        dtype=defaults_dtype(config, defaults),
+        trust_remote_code=sft.trust_remote_code,
     )
     if arguments.load_in_4bit:
         print(report(model).summary())
@@ -158,7 +164,11 @@ def _prepare(config: Config, defaults: dict[str, Any], device: torch.device) -> 
         callbacks=[interrupt],
     )
     progress = training.use_short_progress(trainer)
-    chosen = [] if held_out is None else held_out.select(range(min(arguments.num_samples, len(held_out)))).to_list()
+    chosen = (
+        []
+        if held_out is None
+        else held_out.select(range(min(arguments.num_samples, len(held_out)))).to_list()
+    )
     return Prepared(
         arguments,
         trainer,
@@ -184,7 +194,9 @@ def _sft_config(config: Config, defaults: dict[str, Any]) -> Any:
     with warnings.catch_warnings():
         # TRL sets the deprecated spelling itself.
         warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
-        return dataclasses.replace(config, sft={**config.sft, "output_dir": defaults["output_dir"]}).sft_config(defaults)
+        return dataclasses.replace(
+            config, sft={**config.sft, "output_dir": defaults["output_dir"]}
+        ).sft_config(defaults)
 
 
 def _datasets(arguments: QloraArguments, sft: Any, tokenizer: Any) -> tuple[Any, Any]:
@@ -210,7 +222,9 @@ def _convert(raw: Any, sft: Any, tokenizer: Any) -> Any:
     form = data.recognise(raw.column_names, sft.dataset_text_field)
     if sft.assistant_only_loss:
         return data.keep_conversations(raw, form)
-    return data.convert(raw, form, has_template=bool(tokenizer.chat_template) or sft.chat_template_path is not None)
+    return data.convert(
+        raw, form, has_template=bool(tokenizer.chat_template) or sft.chat_template_path is not None
+    )
 
 
 def _find_checkpoint(output_dir: Path, resume: str) -> Path:
@@ -243,9 +257,18 @@ def _print_plan(prepared: Prepared, device: torch.device) -> None:
     print(example.render(first["input_ids"], first["labels"], prepared.tokenizer))
     _print_cut(trainer)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    base = f"{arguments.quant_type}, block {arguments.block_size}" if arguments.load_in_4bit else "not quantised"
-    print(f"LoRA r={arguments.lora_r} on a base in {base}: {trainable:,} trainable parameters; {where}", flush=True)
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    base = (
+        f"{arguments.quant_type}, block {arguments.block_size}" if arguments.load_in_4bit else "not quantised"
+    )
+    print(
+        f"LoRA r={arguments.lora_r} on a base in {base}: {trainable:,} trainable parameters; {where}",
+        flush=True,
+    )
 
 
 def _print_cut(trainer: Any) -> None:
@@ -300,10 +323,14 @@ def _measure(prepared: Prepared) -> Measured:
 def _stop_on_interrupt(interrupt: Any) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) asks for a stop after the running step; the second one is an ordinary one."""
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def ask(_: int, __: FrameType | None) -> None:
         interrupt.requested = True
         signal.signal(signal.SIGINT, old[signal.SIGINT])
-        print("\nstopping after this step with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        print(
+            "\nstopping after this step with a checkpoint; Ctrl-C again stops at once",
+            file=sys.stderr,
+            flush=True,
+        )
 
     old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -316,7 +343,9 @@ def _stop_on_interrupt(interrupt: Any) -> Iterator[None]:
 def _print_interrupted(output_dir: Path, trainer: Any) -> None:
     state = trainer.state
     again = "" if str(output_dir) == DEFAULT_OUTPUT_DIR else f" --output_dir {output_dir}"
-    print(f"stopped at step {state.global_step} of {state.max_steps}. To continue: qlora train --resume{again}")
+    print(
+        f"stopped at step {state.global_step} of {state.max_steps}. To continue: qlora train --resume{again}"
+    )
 
 
 def _write_history(output_dir: Path, trainer: Any) -> None:
@@ -338,10 +367,14 @@ def _write_results(
         prepared.tokenizer.save_pretrained(scratch)
         files.move_files(Path(scratch), output_dir)
     if prepared.samples:
-        text = samples.as_markdown(prepared.samples, before.answers, after.answers, f"{prepared.title}: samples")
+        text = samples.as_markdown(
+            prepared.samples, before.answers, after.answers, f"{prepared.title}: samples"
+        )
         files.write_text(output_dir / "samples.md", text)
     history = trainer.state.log_history
-    write_loss_plot(output_dir / "loss.png", history, _held_out_points(prepared, before, after), prepared.title)
+    write_loss_plot(
+        output_dir / "loss.png", history, _held_out_points(prepared, before, after), prepared.title
+    )
     metrics = _metrics(prepared, before, after, result, device)
     files.write_json(output_dir / "metrics.json", metrics)
     (output_dir / "before.json").unlink(missing_ok=True)
@@ -355,7 +388,9 @@ def _held_out_points(prepared: Prepared, before: Measured, after: Measured) -> l
     return points + [(step, loss) for step, loss in ends if loss is not None]
 
 
-def _metrics(prepared: Prepared, before: Measured, after: Measured, result: Any, device: torch.device) -> dict[str, Any]:
+def _metrics(
+    prepared: Prepared, before: Measured, after: Measured, result: Any, device: torch.device
+) -> dict[str, Any]:
     trainer = prepared.trainer
     logs = [entry for entry in trainer.state.log_history if "tokens_per_s" in entry]
     change = None
@@ -370,7 +405,9 @@ def _metrics(prepared: Prepared, before: Measured, after: Measured, result: Any,
         "seconds_in_steps": round(trainer.speed.total_seconds, 2),
         "tokens_per_s": logs[-1]["tokens_per_s"] if logs else None,
         "peak_memory_gb": max((entry["peak_memory_gb"] for entry in logs), default=None),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or "CPU",
         "threads": None if device.type == "cuda" else torch.get_num_threads(),
         "versions": {name: _version(name) for name in names} | {"python": platform.python_version()},
         "date": datetime.date.today().isoformat(),
@@ -394,7 +431,9 @@ def _print_results(
     if before.loss is not None and after.loss is not None:
         change = metrics["held_out_loss"]["change_percent"]
         print(f"held-out loss: {before.loss:.3f} -> {after.loss:.3f} ({change:+.1f} %)")
-    print(f"written to {output_dir}: the adapter, loss.png, metrics.json, metrics.jsonl, samples.md, args.yaml")
+    print(
+        f"written to {output_dir}: the adapter, loss.png, metrics.json, metrics.jsonl, samples.md, args.yaml"
+    )
 
 
 def _one_line(text: str, width: int = 110) -> str:

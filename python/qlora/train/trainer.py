@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora.loss import causal_lm_loss
 from qlora.train import checkpoints
@@ -23,6 +23,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     `model` has been through `qlora.prepare`, whose loss is used while training. `speed` measures the optimiser steps
     alone, without evaluation and saving.
     """
+
+    args: Any
+    model: Any
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         self.speed = Speed()
@@ -50,8 +53,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """
         if not self._has_plain_loss or not self.model.training or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        counted = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].numel()
-        self._total_train_tokens += int(self.accelerator.reduce(torch.as_tensor(counted, device=self.args.device)))
+        counted = (
+            inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].numel()
+        )
+        self._total_train_tokens += int(
+            self.accelerator.reduce(torch.as_tensor(counted, device=self.args.device))
+        )
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         inputs["use_cache"] = False
         return super(SFTTrainer, self).compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
