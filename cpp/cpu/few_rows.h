@@ -115,7 +115,7 @@ template <int kRows, bool kHasOneScale>
 __attribute__((noinline)) void add_few_rows(const FewRowsSpace& space, const Panel& panel, int64_t col, int64_t begin,
                                             int64_t depth, bool is_first) {
   constexpr int kVectors = kFewVectors<kRows>;
-  constexpr int kAhead = 8;  // Rows; a guess that measured well enough.
+  constexpr int kAhead = 8;  // Rows to prefetch; 8, 24 and 48 measured alike (EPYC Zen 4, 4096 x 4096).
   const qlora_weight_4bit& weight = panel.weight;
   const int shift = panel.block_shift();
   int64_t offset[kVectors];  // Vectors past the last column repeat it; they are not written.
