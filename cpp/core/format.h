@@ -65,17 +65,18 @@ QLORA_HOST_DEVICE constexpr std::uint8_t unpack_code(std::uint8_t byte, bool is_
   return is_odd ? byte & 0xF : byte >> 4;
 }
 
-// How x is scaled to [-1, 1] before its code is looked up: scaled = (x * lift) * reciprocal, every step rounded to fp32
-// (IEEE division; subnormals kept; nothing fused). The lift is exact, and 1 but for subnormal absmax, whose reciprocal
-// would overflow. Only for finite absmax > 0: elsewhere scaled is 0, but +-1 for an Inf. The same holds one level up,
-// for the scales minus their offset, except that there every scale of a group with absmax 0, Inf or NaN counts as 0.
+// How x is scaled to [-1, 1] before its code is looked up: scaled = (x * power) * reciprocal, every step rounded to
+// fp32 (IEEE division; subnormals kept; nothing fused; cuda/device/normalise.cuh says how the GPU differs). The power
+// of two is 1 but where absmax or its reciprocal is no normal number. Only for finite absmax > 0: elsewhere scaled is
+// 0, but +-1 for an Inf. The same holds one level up, for the scales minus their offset, except that there every scale
+// of a group with absmax 0, Inf or NaN counts as 0.
 struct BlockScaling {
-  float lift;
+  float power;
   float reciprocal;
 };
 QLORA_HOST_DEVICE constexpr BlockScaling block_scaling(float absmax) {
-  const float lift = absmax < 1.17549435e-38f ? 18446744073709551616.0f : 1.0f;  // 2^-126, 2^64
-  return {lift, 1.0f / (absmax * lift)};
+  const float power = absmax < 0x1p-126f ? 0x1p64f : absmax > 0x1p126f ? 0x1p-64f : 1.0f;
+  return {power, 1.0f / (absmax * power)};
 }
 
 // The code of a double-quantised scale is the nearest entry of nested_code, an ascending table. Between entries i and

@@ -61,7 +61,7 @@ inline void quantize_absmax(const float* absmax, int64_t n, float nested_offset,
     const bool is_regular = largest_bits != 0 && largest_bits < kInfBits;
     const BlockScaling scaling = is_regular ? block_scaling(largest) : BlockScaling{0.0f, 0.0f};
     for (int64_t i = 0; i < count; ++i) {
-      const float scaled = is_regular ? centered[i] * scaling.lift * scaling.reciprocal : 0.0f;
+      const float scaled = is_regular ? centered[i] * scaling.power * scaling.reciprocal : 0.0f;
       codes[begin + i] = nearest_nested_code(bounds, scaled);
     }
   }

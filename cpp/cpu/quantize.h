@@ -140,9 +140,9 @@ inline float quantize_block(const void* x, int64_t begin, int64_t end, const Nea
     return absmax;
   }
   const BlockScaling scaling = block_scaling(absmax);
-  const Floats lift = broadcast(scaling.lift), reciprocal = broadcast(scaling.reciprocal);
+  const Floats power = broadcast(scaling.power), reciprocal = broadcast(scaling.reciprocal);
   pack_block<kType, kFormat>(x, begin, end, packed,
-                             [&](Floats value) { return nearest_code(multiply(multiply(value, lift), reciprocal)); });
+                             [&](Floats value) { return nearest_code(multiply(multiply(value, power), reciprocal)); });
   return absmax;
 }
 

@@ -308,10 +308,12 @@ def assert_same_bits(actual: Array, expected: Array, dtype: str = "float32") -> 
 
 
 def scale_to_unit(blocks: Array, absmax: Array) -> Array:
-    """(x * lift) * (1 / (absmax * lift)), in fp32; the lift is for subnormal absmax."""
-    lift = np.where(absmax < 2.0**-126, np.float32(2.0**64), np.float32(1.0))
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return (blocks * lift[:, None]) * (np.float32(1.0) / (absmax * lift))[:, None]
+    """(x * power) * (1 / (absmax * power)), in fp32; the power of two is for absmax far from 1."""
+    power = np.where(absmax < 2.0**-126, 2.0**64, np.where(absmax > 2.0**126, 2.0**-64, 1.0)).astype(
+        np.float32
+    )
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
+        return (blocks * power[:, None]) * (np.float32(1.0) / (absmax * power))[:, None]
 
 
 def nearest_code(scaled: Array, quant_type: str) -> Array:

@@ -56,7 +56,9 @@ def test_a_tie_goes_to_the_lower_code_and_the_next_float_to_the_higher(lib: Libr
 
 
 @pytest.mark.parametrize("quant_type", FORMATS)
-@pytest.mark.parametrize("magnitude", [1e-45, 1e-40, 5.9e-39, 1.1e-38, 1.3e-38, 1e-30, 1e30, 3.4e38])
+@pytest.mark.parametrize(
+    "magnitude", [1e-45, 1e-40, 5.9e-39, 1.1e-38, 1.3e-38, 1e-30, 1e30, 8e37, 9e37, 3.4e38]
+)
 def test_every_finite_magnitude_keeps_its_codes(lib: Library, magnitude: float, quant_type: str) -> None:
     x = (np.random.default_rng(0).uniform(-1, 1, 640) * magnitude).astype(np.float32)
     assert_quantizes_to_reference(lib, x, 64, quant_type)
