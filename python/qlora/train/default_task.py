@@ -47,7 +47,7 @@ def settings(device: torch.device) -> dict[str, Any]:
         "gradient_accumulation_steps": 2,
         "per_device_eval_batch_size": 8,
         "max_steps": 40,
-        "logging_steps": 5,
+        "logging_steps": 4,
         "save_steps": 20,
         "max_minutes": 5.5,
     }

@@ -32,7 +32,7 @@ def write_loss_plot(
     if points:
         axes.plot(
             *zip(*points, strict=True),
-            color="tab:orange", marker="o", linestyle="--", linewidth=1.5, label="held-out loss",
+            color="tab:orange", marker="o", linestyle="--" if len(points) > 2 else "none", linewidth=1.5, label="held-out loss",
         )  # fmt: skip
         for step, loss in (points[0], points[-1]) if len(points) > 1 else points:
             axes.annotate(
