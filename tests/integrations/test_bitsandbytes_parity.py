@@ -42,7 +42,12 @@ def order_of_codes(quant_type: str) -> torch.Tensor:
 
 
 def assert_neighbours_at_thresholds(
-    ours: torch.Tensor, theirs: torch.Tensor, x: torch.Tensor, absmax: torch.Tensor, block_size: int, quant_type: str
+    ours: torch.Tensor,
+    theirs: torch.Tensor,
+    x: torch.Tensor,
+    absmax: torch.Tensor,
+    block_size: int,
+    quant_type: str,
 ) -> int:
     """Checks every differing code; returns how many there are."""
     n = x.numel()
@@ -57,7 +62,9 @@ def assert_neighbours_at_thresholds(
     nearest = thresholds[(scaled[:, None] - thresholds).abs().argmin(dim=1)]
     ulp = torch.finfo(torch.float32).eps * 2.0 ** torch.floor(torch.log2(nearest.abs()))
     distance = (scaled - nearest).abs() / ulp
-    assert apart.max() <= 1, f"codes {ours[index][apart.argmax()]} and {theirs[index][apart.argmax()]} are no neighbours"
+    assert apart.max() <= 1, (
+        f"codes {ours[index][apart.argmax()]} and {theirs[index][apart.argmax()]} are no neighbours"
+    )
     assert distance.max() <= 2, f"codes differ {distance.max():.1f} ulp away from a threshold"
     return index.numel()
 
@@ -70,7 +77,9 @@ def test_codes_and_scales_equal_bitsandbytes(quant_type: str, block_size: int, d
     torch.cuda.synchronize()
     assert torch.equal(absmax, state.absmax)
     differing = assert_neighbours_at_thresholds(packed, theirs, x, absmax, block_size, quant_type)
-    print(f"\nparity {quant_type} {block_size} {dtype}: {differing} of {x.numel()} codes differ, all at thresholds")
+    print(
+        f"\nparity {quant_type} {block_size} {dtype}: {differing} of {x.numel()} codes differ, all at thresholds"
+    )
 
 
 @pytest.mark.parametrize(("quant_type", "block_size", "dtype"), CASES)
@@ -80,7 +89,9 @@ def test_cpu_and_cuda_agree(quant_type: str, block_size: int, dtype: torch.dtype
     packed_cpu, absmax_cpu = ops.quantize_4bit(x.cpu(), block_size=block_size, quant_type=quant_type)
     assert torch.equal(absmax.cpu(), absmax_cpu)
     differing = assert_neighbours_at_thresholds(packed, packed_cpu, x, absmax, block_size, quant_type)
-    print(f"\ncpu/cuda {quant_type} {block_size} {dtype}: {differing} of {x.numel()} codes differ, all at thresholds")
+    print(
+        f"\ncpu/cuda {quant_type} {block_size} {dtype}: {differing} of {x.numel()} codes differ, all at thresholds"
+    )
     dequantized = ops.dequantize_4bit(
         packed, absmax, SHAPE, block_size=block_size, quant_type=quant_type, dtype=dtype
     )
@@ -95,7 +106,9 @@ def test_double_quantised_scales_equal_bitsandbytes(block_size: int) -> None:
     x = weight(torch.bfloat16)
     _, absmax = ops.quantize_4bit(x, block_size=block_size)
     codes, nested_absmax, nested_quant_map, nested_offset = ops.quantize_absmax(absmax)
-    _, state = bitsandbytes.functional.quantize_4bit(x, blocksize=block_size, quant_type="nf4", compress_statistics=True)
+    _, state = bitsandbytes.functional.quantize_4bit(
+        x, blocksize=block_size, quant_type="nf4", compress_statistics=True
+    )
     torch.cuda.synchronize()
     assert torch.equal(nested_quant_map, state.state2.code)
     assert torch.equal(nested_offset, state.offset)
@@ -103,13 +116,17 @@ def test_double_quantised_scales_equal_bitsandbytes(block_size: int) -> None:
     differing = (codes.int() - state.absmax.int()).abs()
     assert differing.max() <= 1
     # An 8-bit code may differ only where the scaled value is within 2 ulp of the midpoint of two neighbouring codes.
-    scaled = (absmax - nested_offset).double() / nested_absmax.double().repeat_interleave(256)[: absmax.numel()]
+    scaled = (absmax - nested_offset).double() / nested_absmax.double().repeat_interleave(256)[
+        : absmax.numel()
+    ]
     lower = torch.minimum(codes, state.absmax).long().clamp(max=254)
     midpoint = (nested_quant_map[lower].double() + nested_quant_map[lower + 1].double()) / 2
     ulp = torch.finfo(torch.float32).eps * 2.0 ** torch.floor(torch.log2(midpoint.abs()))
     at_midpoint = (scaled - midpoint).abs() <= 2 * ulp
     assert at_midpoint[differing > 0].all()
-    print(f"\nparity of scales, block {block_size}: {int((differing > 0).sum())} of {absmax.numel()} codes differ")
+    print(
+        f"\nparity of scales, block {block_size}: {int((differing > 0).sum())} of {absmax.numel()} codes differ"
+    )
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

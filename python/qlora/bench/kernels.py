@@ -65,7 +65,9 @@ def bench_quantize(limits: Limits) -> list[dict[str, Any]]:
     for shape in SHAPES:
         n = shape[0] * shape[1]
         num_bytes = n * (2 + 0.5 + 4 / 64)
-        inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(num_rotations(num_bytes))]
+        inputs = [
+            torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(num_rotations(num_bytes))
+        ]
         row = {"shape": shape, "limit_us": num_bytes / limits.bandwidth * 1e6}
         row["qlora_us"] = time_graph([partial(ops.quantize_4bit, x) for x in inputs])
         if bnb is not None:  # launches on the legacy default stream: not capturable
@@ -89,7 +91,9 @@ def bench_dequantize(limits: Limits) -> list[dict[str, Any]]:
             states = [bitsandbytes_state(bnb, weight) for weight in weights]
             dequantize = bnb.functional.dequantize_4bit
             pairs = zip(weights, states, strict=True)
-            row["bitsandbytes_us"] = time_graph([partial(dequantize, weight.packed, state) for weight, state in pairs])
+            row["bitsandbytes_us"] = time_graph(
+                [partial(dequantize, weight.packed, state) for weight, state in pairs]
+            )
         rows.append(row)
     return rows
 
@@ -100,8 +104,12 @@ def bench_linear(limits: Limits, num_tokens: tuple[int, ...] = LINEAR_ROWS) -> l
     bnb = bitsandbytes()
     for shape in SHAPES:
         n, k = shape
-        weights = [Weight.random(shape) for _ in range(num_rotations(n * k * BITS_PER_WEIGHT / 8, largest=64))]
-        dense = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(num_rotations(2 * n * k))]
+        weights = [
+            Weight.random(shape) for _ in range(num_rotations(n * k * BITS_PER_WEIGHT / 8, largest=64))
+        ]
+        dense = [
+            torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(num_rotations(2 * n * k))
+        ]
         states = [bitsandbytes_state(bnb, weight) for weight in weights] if bnb is not None else []
         for m in num_tokens:
             num_bytes = n * k * BITS_PER_WEIGHT / 8 + 2 * m * (n + k)
@@ -117,9 +125,13 @@ def bench_linear(limits: Limits, num_tokens: tuple[int, ...] = LINEAR_ROWS) -> l
             if bnb is not None:
                 pairs = list(zip(weights, states, strict=True))
                 with torch.no_grad():
-                    row["bitsandbytes_us"] = time_graph([_bitsandbytes_linear(bnb, x, w, s) for w, s in pairs])
+                    row["bitsandbytes_us"] = time_graph(
+                        [_bitsandbytes_linear(bnb, x, w, s) for w, s in pairs]
+                    )
                     row["bitsandbytes_eager_us"] = time_eager(_bitsandbytes_linear(bnb, x, *pairs[0]))
-                row["bitsandbytes_grad_us"] = time_graph([_bitsandbytes_grad_input(bnb, dy, w, s) for w, s in pairs])
+                row["bitsandbytes_grad_us"] = time_graph(
+                    [_bitsandbytes_grad_input(bnb, dy, w, s) for w, s in pairs]
+                )
             rows.append(row)
     return rows
 
@@ -156,10 +168,14 @@ def _linear(x: torch.Tensor, weight: Weight) -> Callable[[], torch.Tensor]:
 
 
 def _grad_input(dy: torch.Tensor, weight: Weight) -> Callable[[], torch.Tensor]:
-    return lambda: ops.linear_4bit_grad_input(dy, weight.packed, weight.absmax, weight.shape, **weight.options)
+    return lambda: ops.linear_4bit_grad_input(
+        dy, weight.packed, weight.absmax, weight.shape, **weight.options
+    )
 
 
-def _bitsandbytes_grad_input(bnb: Any, dy: torch.Tensor, weight: Weight, state: Any) -> Callable[[], torch.Tensor]:
+def _bitsandbytes_grad_input(
+    bnb: Any, dy: torch.Tensor, weight: Weight, state: Any
+) -> Callable[[], torch.Tensor]:
     return lambda: dy @ bnb.functional.dequantize_4bit(weight.packed, state)
 
 

@@ -34,7 +34,7 @@ def make_llama3_8b(directory: Path, num_layers: int = 32) -> None:
         num_key_value_heads=8,
         vocab_size=128256,
         rms_norm_eps=1e-5,
-        rope_theta=500000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         max_position_embeddings=8192,
         tie_word_embeddings=False,
     )
@@ -44,7 +44,9 @@ def make_llama3_8b(directory: Path, num_layers: int = 32) -> None:
     model.save_pretrained(directory, max_shard_size="2GB")
 
 
-def load_and_adapt(stack: str, directory: Path, rank: int, targets: list[str], result: dict[str, Any]) -> torch.nn.Module:
+def load_and_adapt(
+    stack: str, directory: Path, rank: int, targets: list[str], result: dict[str, Any]
+) -> torch.nn.Module:
     """The model with adapters as the stack's documentation builds it; load time and memory go into `result`."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -129,7 +131,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     arguments = parser.parse_args()
     result: dict[str, Any] = {"stack": arguments.stack, "rank": arguments.rank, "targets": arguments.targets}
-    model = load_and_adapt(arguments.stack, arguments.model, arguments.rank, TARGETS[arguments.targets], result)
+    model = load_and_adapt(
+        arguments.stack, arguments.model, arguments.rank, TARGETS[arguments.targets], result
+    )
     model.train()
     result["cases"] = []
     for case in arguments.cases.split(","):

@@ -23,11 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", default=None, metavar="M,M,...", help="linear: rows of the activations (default: a sweep)"
     )
-    parser.add_argument("--model", type=Path, help="train: checkpoint (default: random weights of Llama-3-8B's shape)")
     parser.add_argument(
-        "--stacks", default="qlora,bitsandbytes,bf16", help="train: comma-separated stacks (default: %(default)s)"
+        "--model", type=Path, help="train: checkpoint (default: random weights of Llama-3-8B's shape)"
     )
-    parser.add_argument("--cases", default="1x2048,4x2048", help="train: batch x length, ... (default: %(default)s)")
+    parser.add_argument(
+        "--stacks",
+        default="qlora,bitsandbytes,bf16",
+        help="train: comma-separated stacks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cases", default="1x2048,4x2048", help="train: batch x length, ... (default: %(default)s)"
+    )
     parser.add_argument("--targets", choices=("all", "qv"), default="all", help="train: adapted layers")
     parser.add_argument("--rank", type=int, default=16, help="train: LoRA rank (default: %(default)s)")
 
@@ -39,7 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
         print("qlora bench: expected a CUDA GPU, found none", file=sys.stderr)
         return 1
     result: dict[str, Any] = environment()
-    result["figures"] = _bench_train(arguments) if arguments.what == "train" else _bench_kernels(arguments, result)
+    result["figures"] = (
+        _bench_train(arguments) if arguments.what == "train" else _bench_kernels(arguments, result)
+    )
     print(f"{result['gpu']}, {result['versions']}, {result['date']}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -80,11 +88,13 @@ def _bench_kernels(arguments: argparse.Namespace, result: dict[str, Any]) -> lis
     elif arguments.what == "dequantize":
         figures = kernels.bench_dequantize(limits)
     else:
-        tokens = kernels.LINEAR_ROWS
+        tokens: tuple[int, ...] = kernels.LINEAR_ROWS
         if arguments.tokens is not None:
             tokens = tuple(int(part) for part in arguments.tokens.split(","))
         figures = kernels.bench_linear(limits, tokens)
-    print(f"copy {limits.bandwidth / 1e12:.2f} TB/s, 8192^3 bf16 product {limits.flops / 1e12:.0f} TFLOP/s; times in µs")
+    print(
+        f"copy {limits.bandwidth / 1e12:.2f} TB/s, 8192^3 bf16 product {limits.flops / 1e12:.0f} TFLOP/s; times in µs"
+    )
     _print_table(figures)
     return figures
 
@@ -100,7 +110,15 @@ def _bench_train(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             make_llama3_8b(model)
             _release_gpu()
         for stack in arguments.stacks.split(","):
-            command = [sys.executable, "-m", "qlora.bench.train_step", stack, str(model), "--cases", arguments.cases]
+            command = [
+                sys.executable,
+                "-m",
+                "qlora.bench.train_step",
+                stack,
+                str(model),
+                "--cases",
+                arguments.cases,
+            ]
             command += ["--targets", arguments.targets, "--rank", str(arguments.rank)]
             process = subprocess.run(command, check=False, capture_output=True, text=True)
             if process.returncode != 0:
