@@ -12,6 +12,7 @@ line wins over the file. Datasets: prompt/completion, messages, sharegpt, alpaca
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from qlora.cli.main import UsageError
@@ -24,6 +25,7 @@ OWN_OPTIONS = {"--resume": 1, "--dry-run": 0, "--help-keys": 0, "--help": 0, "-h
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _own_keys()
     parser.usage = "qlora train [CONFIG.yaml] [--KEY VALUE ...] [--resume [auto|DIR]] [--dry-run]"
     parser.add_argument(
         "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="file of `key: value` lines"
@@ -35,6 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--help-keys", action="store_true", help="list every key with its meaning and default"
     )
+
+
+def _own_keys() -> str:
+    from qlora.train.config import QloraArguments
+
+    lines = ["keys of qlora's own, beside those of SFTConfig and TrainingArguments (--help-keys):"]
+    for field in dataclasses.fields(QloraArguments):
+        lines.append(f"  --{field.name:<22}{field.metadata['help']}")
+    return "\n".join(lines)
 
 
 def take_keys(words: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:

@@ -60,22 +60,20 @@ def examples(tokenizer: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     """
     pairs = docstrings.pairs()
     learnt = {pair.docstring for pair in pairs if not pair.held_out}
-    train = [docstrings.as_example(pair) for pair in pairs if not pair.held_out]
-    held_out = [
-        docstrings.as_example(pair) for pair in pairs if pair.held_out and pair.docstring not in learnt
-    ]
-    chosen = [[example for example in part if _fits(example, tokenizer)] for part in (train, held_out)]
-    for part in chosen:
-        random.Random(SEED).shuffle(part)
+    train = [pair for pair in pairs if not pair.held_out]
+    held_out = [pair for pair in pairs if pair.held_out and pair.docstring not in learnt]
+    chosen = []
+    for part in (train, held_out):
+        fitting = [pair for pair in part if _fits(pair, tokenizer)]
+        random.Random(SEED).shuffle(fitting)
+        has_template = bool(tokenizer.chat_template)
+        chosen.append([docstrings.as_example(pair, has_template=has_template) for pair in fitting])
     return chosen[0], chosen[1]
 
 
-def _fits(example: dict[str, Any], tokenizer: Any) -> bool:
-    messages = example["prompt"] + example["completion"]
-    # A token is at least one character: most are decided without the tokenizer.
-    if sum(len(message["content"]) for message in messages) > 8 * MAX_TOKENS:
-        return False
-    if tokenizer.chat_template is None:
-        return True
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+def _fits(pair: docstrings.Pair, tokenizer: Any) -> bool:
+    if not tokenizer.chat_template:
+        return len(tokenizer(pair.source + pair.docstring)["input_ids"]) <= MAX_TOKENS
+    example = docstrings.as_example(pair)
+    text = tokenizer.apply_chat_template(example["prompt"] + example["completion"], tokenize=False)
     return len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= MAX_TOKENS

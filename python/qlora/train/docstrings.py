@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 INSTRUCTION = "Write the docstring of this Python function."
 HELD_OUT_OF_100 = 10
@@ -49,8 +50,10 @@ def pairs(root: Path | None = None) -> list[Pair]:
     return list(found.values())
 
 
-def as_example(pair: Pair) -> dict[str, list[dict[str, str]]]:
-    """TRL's conversational prompt/completion."""
+def as_example(pair: Pair, *, has_template: bool = True) -> dict[str, Any]:
+    """TRL's prompt/completion, of messages where the model has a chat template, else of texts."""
+    if not has_template:
+        return {"prompt": f"{INSTRUCTION}\n\n{pair.source}\n\nDocstring: ", "completion": pair.docstring}
     return {
         "prompt": [
             {"role": "system", "content": INSTRUCTION},

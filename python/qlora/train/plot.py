@@ -6,6 +6,9 @@ import io
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from qlora.train import files
 
 
@@ -16,16 +19,12 @@ def write_loss_plot(
 
     Nothing is written where there is nothing to draw.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
     training = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     points = sorted(dict(held_out).items())
     if not training and not points:
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)  # no display is needed
     axes = figure.add_subplot()
     if training:
         axes.plot(*zip(*training, strict=True), color="tab:blue", linewidth=1.5, label="training loss")

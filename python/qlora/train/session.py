@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import platform
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +26,7 @@ from qlora.nn import report
 from qlora.train import checkpoints, data, default_task, example, files, samples, smollm2
 from qlora.train import model as models
 from qlora.train.config import Config, ConfigError, QloraArguments
+from qlora.train.results import Measured, write_history, write_results
 
 DEFAULT_OUTPUT_DIR = "qlora-output"
 INTERRUPTED = 130
@@ -62,14 +60,6 @@ class Prepared:
     title: str
 
 
-@dataclass
-class Measured:
-    """Held-out loss (None without held-out data) and the samples' answers at one moment."""
-
-    loss: float | None
-    answers: list[str]
-
-
 def run(config: Config, *, resume: str | None, dry_run: bool) -> int:
     """Runs the session; returns the exit status (130 where Ctrl-C stopped it)."""
     output_dir = Path(config.sft.get("output_dir") or DEFAULT_OUTPUT_DIR)
@@ -86,20 +76,21 @@ def run(config: Config, *, resume: str | None, dry_run: bool) -> int:
         if dry_run:
             print("dry run: nothing was trained or written")
             return 0
-    _write_arguments(output_dir, config, defaults)
+    if prepared.trainer.is_world_process_zero():
+        _write_arguments(output_dir, config, defaults)
     before = _measure_before(prepared, output_dir, resumed=checkpoint is not None)
     with _stop_on_interrupt(prepared.interrupt), contextlib.closing(prepared.progress):
         result = prepared.trainer.train(
             resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
         )
-    _write_history(output_dir, prepared.trainer)
+    write_history(output_dir, prepared.trainer)
     if prepared.interrupt.requested:
         _print_interrupted(output_dir, prepared.trainer)
         return INTERRUPTED
     if prepared.interrupt.out_of_time:
         print(f"max_minutes: stopped after {prepared.arguments.max_minutes} minutes")
     after = _measure(prepared)
-    _write_results(output_dir, prepared, before, after, result, device)
+    write_results(output_dir, prepared, before, after, result, device)
     return 0
 
 
@@ -126,7 +117,7 @@ def _defaults(config: Config, device: torch.device, output_dir: Path) -> dict[st
         "gradient_checkpointing": device.type == "cuda",
         "dataloader_pin_memory": device.type == "cuda",
     }
-    if "dataset_name" not in config.ours:
+    if config.ours.get("dataset_name") is None:
         defaults |= default_task.settings(device)
     return defaults | {"output_dir": str(output_dir)}
 
@@ -272,13 +263,20 @@ def _print_plan(prepared: Prepared, device: torch.device) -> None:
 
 
 def _print_cut(trainer: Any) -> None:
+    import pyarrow.compute  # type: ignore[import-untyped]
+
     limit = trainer.args.max_length
     if limit is None or trainer.args.packing:
         return
-    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    cut = sum(length >= limit for length in lengths)
+    lengths = (
+        pyarrow.compute.list_value_length(batch["input_ids"])
+        for batch in trainer.train_dataset.with_format("arrow").iter(batch_size=1000)
+    )
+    cut = sum(pyarrow.compute.sum(pyarrow.compute.greater_equal(part, limit)).as_py() for part in lengths)
     if cut:
-        print(f"  {cut:,} of {len(lengths):,} examples reach max_length {limit} and are cut there")
+        print(
+            f"  {cut:,} of {len(trainer.train_dataset):,} examples reach max_length {limit} and are cut there"
+        )
 
 
 def _write_arguments(output_dir: Path, config: Config, defaults: dict[str, Any]) -> None:
@@ -299,7 +297,8 @@ def _measure_before(prepared: Prepared, output_dir: Path, *, resumed: bool) -> M
         with contextlib.suppress(OSError, ValueError, TypeError):
             return Measured(**json.loads(path.read_text()))
     before = _measure(prepared)
-    files.write_json(path, dataclasses.asdict(before))
+    if prepared.trainer.is_world_process_zero():
+        files.write_json(path, dataclasses.asdict(before))
     return before
 
 
@@ -346,101 +345,3 @@ def _print_interrupted(output_dir: Path, trainer: Any) -> None:
     print(
         f"stopped at step {state.global_step} of {state.max_steps}. To continue: qlora train --resume{again}"
     )
-
-
-def _write_history(output_dir: Path, trainer: Any) -> None:
-    if trainer.is_world_process_zero():
-        lines = [json.dumps(entry) for entry in trainer.state.log_history]
-        files.write_text(output_dir / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
-
-
-def _write_results(
-    output_dir: Path, prepared: Prepared, before: Measured, after: Measured, result: Any, device: torch.device
-) -> None:
-    from qlora.train.plot import write_loss_plot
-
-    trainer = prepared.trainer
-    if not trainer.is_world_process_zero():
-        return
-    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=output_dir) as scratch:
-        trainer.model.save_pretrained(scratch)
-        prepared.tokenizer.save_pretrained(scratch)
-        files.move_files(Path(scratch), output_dir)
-    if prepared.samples:
-        text = samples.as_markdown(
-            prepared.samples, before.answers, after.answers, f"{prepared.title}: samples"
-        )
-        files.write_text(output_dir / "samples.md", text)
-    history = trainer.state.log_history
-    write_loss_plot(
-        output_dir / "loss.png", history, _held_out_points(prepared, before, after), prepared.title
-    )
-    metrics = _metrics(prepared, before, after, result, device)
-    files.write_json(output_dir / "metrics.json", metrics)
-    (output_dir / "before.json").unlink(missing_ok=True)
-    _print_results(output_dir, prepared, before, after, metrics)
-
-
-def _held_out_points(prepared: Prepared, before: Measured, after: Measured) -> list[tuple[int, float]]:
-    state = prepared.trainer.state
-    points = [(entry["step"], entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry]
-    ends = ((0, before.loss), (state.global_step, after.loss))
-    return points + [(step, loss) for step, loss in ends if loss is not None]
-
-
-def _metrics(
-    prepared: Prepared, before: Measured, after: Measured, result: Any, device: torch.device
-) -> dict[str, Any]:
-    trainer = prepared.trainer
-    logs = [entry for entry in trainer.state.log_history if "tokens_per_s" in entry]
-    change = None
-    if before.loss is not None and after.loss is not None:
-        change = 100 * (after.loss / before.loss - 1)
-    names = ("qlora-kernels", "torch", "transformers", "peft", "trl")
-    return {
-        "model": prepared.title,
-        "held_out_loss": {"before": before.loss, "after": after.loss, "change_percent": change},
-        "steps": trainer.state.global_step,
-        "training_loss": result.training_loss,
-        "seconds_in_steps": round(trainer.speed.total_seconds, 2),
-        "tokens_per_s": logs[-1]["tokens_per_s"] if logs else None,
-        "peak_memory_gb": max((entry["peak_memory_gb"] for entry in logs), default=None),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or "CPU",
-        "threads": None if device.type == "cuda" else torch.get_num_threads(),
-        "versions": {name: _version(name) for name in names} | {"python": platform.python_version()},
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _print_results(
-    output_dir: Path, prepared: Prepared, before: Measured, after: Measured, metrics: dict[str, Any]
-) -> None:
-    for sample, old, new in zip(prepared.samples, before.answers, after.answers, strict=True):
-        print(f"\n{_shorten(sample.shown, 6)}\n  wanted: {_one_line(sample.wanted)}")
-        print(f"  before: {_one_line(old)}\n  after:  {_one_line(new)}")
-    print(f"\ntrained {metrics['steps']} steps in {metrics['seconds_in_steps']:.0f} s")
-    if before.loss is not None and after.loss is not None:
-        change = metrics["held_out_loss"]["change_percent"]
-        print(f"held-out loss: {before.loss:.3f} -> {after.loss:.3f} ({change:+.1f} %)")
-    print(
-        f"written to {output_dir}: the adapter, loss.png, metrics.json, metrics.jsonl, samples.md, args.yaml"
-    )
-
-
-def _one_line(text: str, width: int = 110) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 3] + "..."
-
-
-def _shorten(text: str, lines: int) -> str:
-    parts = text.splitlines()
-    return "\n".join(parts if len(parts) <= lines else [*parts[: lines - 1], "    ..."])
