@@ -195,7 +195,13 @@ def _datasets(arguments: QloraArguments, sft: Any, tokenizer: Any) -> tuple[Any,
     from datasets import Dataset
 
     if arguments.dataset_name is None:
-        train, held_out = (Dataset.from_list(part) for part in default_task.examples(tokenizer))
+        parts = default_task.examples(tokenizer)
+        if not parts[0]:
+            raise ConfigError(
+                "dataset_name: no docstring of the standard library is short enough for this tokenizer"
+            )
+        train = Dataset.from_list(parts[0])
+        held_out = Dataset.from_list(parts[1]) if parts[1] else None
         print(f"data: docstrings of the Python {platform.python_version()} standard library", end="")
     else:
         raw, raw_held_out = data.train_and_held_out(arguments, sft.seed)

