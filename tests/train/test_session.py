@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -228,6 +229,16 @@ def test_unfinished_run_is_not_overwritten_unasked(
     assert tiny_run.run_in_process("train", *keys(inputs, output)) == 2
     assert "holds an unfinished run (checkpoint-2): add --resume" in capsys.readouterr().err
     assert (output / "checkpoint-2").is_dir()
+
+
+def test_run_that_cannot_start_leaves_the_finished_one_alone(
+    inputs: Path, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    shutil.copytree(finished, output)
+    before = {path.relative_to(output): path.stat().st_mtime_ns for path in output.rglob("*")}
+    assert tiny_run.run_in_process("train", *keys(inputs, output), "--columns=prompt:question") == 2
+    assert {path.relative_to(output): path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
 def test_time_limit_ends_training_as_the_last_step_does(inputs: Path, tmp_path: Path) -> None:

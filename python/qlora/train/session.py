@@ -67,7 +67,7 @@ def run(config: Config, *, resume: str | None, dry_run: bool) -> int:
     if checkpoint is not None:
         output_dir = checkpoint.parent
     elif not dry_run:
-        _make_room(output_dir, config)
+        _check_room(output_dir, config)
     device = models.pick_device(bool(config.sft.get("use_cpu")))
     defaults = _defaults(config, device, output_dir)
     with _no_empty_directory(output_dir):  # transformers' trainer makes it
@@ -77,6 +77,8 @@ def run(config: Config, *, resume: str | None, dry_run: bool) -> int:
             print("dry run: nothing was trained or written")
             return 0
     if prepared.trainer.is_world_process_zero():
+        if checkpoint is None:
+            _make_room(output_dir)
         _write_arguments(output_dir, config, defaults)
     before = _measure_before(prepared, output_dir, resumed=checkpoint is not None)
     with _stop_on_interrupt(prepared.interrupt), contextlib.closing(prepared.progress):
@@ -139,7 +141,7 @@ def _prepare(config: Config, defaults: dict[str, Any], device: torch.device) -> 
         name,
         arguments,
         device=device,
-        dtype=defaults_dtype(config, defaults),
+        dtype=_dtype(config, defaults),
         trust_remote_code=sft.trust_remote_code,
     )
     if arguments.load_in_4bit:
@@ -172,7 +174,7 @@ def _prepare(config: Config, defaults: dict[str, Any], device: torch.device) -> 
     )
 
 
-def defaults_dtype(config: Config, defaults: dict[str, Any]) -> str:
+def _dtype(config: Config, defaults: dict[str, Any]) -> str:
     dtype = str(config.ours.get("dtype") or defaults["dtype"])
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ConfigError(f"dtype: expected bfloat16, float16 or float32, got {dtype!r}")
@@ -232,17 +234,21 @@ def _find_checkpoint(output_dir: Path, resume: str) -> Path:
     return checkpoint
 
 
-def _make_room(output_dir: Path, config: Config) -> None:
-    """Before a fresh run: checkpoints of a finished run go; those of an unfinished one only if the user says so."""
+def _check_room(output_dir: Path, config: Config) -> None:
+    """Refuses to start a fresh run over an unfinished one, unless the user says so."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"output_dir: expected a directory, {output_dir} is a file")
     old = checkpoints.checkpoints(output_dir)
     if old and not (output_dir / "metrics.json").exists() and not config.ours.get("overwrite_output_dir"):
         raise ConfigError(
             f"output_dir: {output_dir} holds an unfinished run ({old[-1].name}): add --resume to continue it, choose "
             "another --output_dir, or delete its checkpoints with --overwrite_output_dir"
         )
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"output_dir: expected a directory, {output_dir} is a file")
-    for directory in old:
+
+
+def _make_room(output_dir: Path) -> None:
+    """Once a fresh run is known to be able to start: the checkpoints of the one before go, and what says it is done."""
+    for directory in checkpoints.checkpoints(output_dir):
         checkpoints.remove(directory)
     for name in ("metrics.json", "before.json"):
         (output_dir / name).unlink(missing_ok=True)
