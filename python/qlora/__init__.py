@@ -34,7 +34,7 @@ _OPTIONAL = {
     "torch": "torch>=2.10",
     "transformers": "transformers>=5.17",
     "peft": "peft>=0.18",
-    "trl": "trl>=0.24",
+    "trl": "trl>=1.0",
     "accelerate": "accelerate",
     "datasets": "datasets",
     "safetensors": "safetensors",

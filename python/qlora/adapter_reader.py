@@ -59,7 +59,7 @@ class Update:
         merged = weight + self.delta(weight.device)
         if self.magnitudes is None:
             return merged
-        axis = 0 if self.transposed else 1
+        axis = 0 if self.transposed or self.embedding else 1
         magnitudes = self.magnitudes.to(weight.device, torch.float32).reshape(-1)
         norms: Tensor = torch.linalg.vector_norm(merged, dim=axis)
         return merged * (magnitudes / norms).unsqueeze(axis)

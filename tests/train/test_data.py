@@ -172,3 +172,18 @@ def test_a_single_row_cannot_be_split(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}])
     with pytest.raises(ConfigError, match="eval_fraction: .* has 1 row"):
         data.train_and_held_out(QloraArguments(dataset_name=str(path)), seed=0)
+
+
+def test_optional_message_keys_do_not_split_a_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a large dataset are converted one by one; a key that only some of them have must not matter."""
+    monkeypatch.setattr(data, "ROWS_PER_PART", 2)
+    question = {"role": "user", "content": "Q"}
+    answer = {"role": "assistant", "content": "A"}
+    rows = [{"messages": [question, answer | extra]} for extra in ({}, {}, {}, {"name": "x"})]
+    assert converted(rows) == [{"prompt": [question], "completion": [answer]}] * 4
+
+
+def test_csv_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("\ufeffprompt,completion\nq,7\n", encoding="utf-8")
+    assert load(file)[0] == {"prompt": "q", "completion": "7"}

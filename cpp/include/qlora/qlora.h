@@ -10,8 +10,8 @@
 /// Conventions
 /// - Every function returns a status. After a failure qlora_last_error() says what was expected and what came.
 /// - Nothing throws, exits or prints. Device memory is never allocated for the caller: a workspace is asked for with
-///   the function's _workspace_size twin and passed in. (The dense GEMM path keeps one cuBLAS handle per thread and
-///   device.)
+///   the function's _workspace_size twin and passed in. (The dense GEMM path keeps cuBLAS handles: for each
+///   device as many as calls ever ran at once.)
 /// - Sizes are 64-bit. A pointer may be null only where its parameter says so.
 /// - `_cpu` functions take a half-open range of units and touch only these; the caller runs disjoint ranges in
 ///   parallel.
@@ -168,7 +168,8 @@ QLORA_API qlora_status qlora_dequantize_absmax_cuda(const uint8_t* codes, int64_
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Linear: y = x W^T + bias, and its input gradient dx = dy W. W is the dequantised weight rounded to `dtype` on CUDA
-// and kept in fp32 on CPU; sums are fp32, rounded once to `dtype`.
+// and kept in fp32 on CPU; sums are fp32, rounded once to `dtype`. With a bias on CUDA, cuBLAS may round the product
+// once more before the bias is added.
 
 /// \param[in]  x     [m, cols] of `dtype`, contiguous.
 /// \param[in]  bias  [rows] of `dtype`, or null.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.cli.main import UsageError
+from qlora.cli.trained import arguments_of, quantisation_of
 
 NAME = "generate"
 HELP = "answer prompts with a model or the last training's result"
@@ -114,11 +115,12 @@ def base_of(adapter: Path) -> str:
 
 
 def load(base: str, adapter: Path | None, *, device: Any, in_4bit: bool) -> tuple[Any, Any]:
-    """Model (with its adapter) and tokenizer, ready to generate."""
+    """Model (with its adapter) and tokenizer, ready to generate; the base stored as in the adapter's training."""
     from qlora.train import model as models
     from qlora.train.config import QloraArguments
 
-    arguments = QloraArguments(load_in_4bit=in_4bit)
+    arguments = QloraArguments(**({} if adapter is None else quantisation_of(adapter)))
+    arguments.load_in_4bit = in_4bit and arguments.load_in_4bit
     has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer = models.load_tokenizer(str(adapter) if has_tokenizer else base, None, False)
     dtype = models.default_dtype(device)
@@ -151,13 +153,9 @@ def _prompts(arguments: argparse.Namespace, adapter: Path | None) -> tuple[list[
 
 
 def _is_built_in_task(adapter: Path) -> bool:
-    """Whether the training in this directory had no dataset of its own (session.py writes args.json)."""
-    import json
-
-    try:
-        return json.loads((adapter / "args.json").read_text()).get("dataset_name") is None
-    except (OSError, ValueError, AttributeError):
-        return False
+    """Whether the training in this directory had no dataset of its own."""
+    written = arguments_of(adapter)
+    return bool(written) and written.get("dataset_name") is None
 
 
 def _render(prompt: str, system: str | None, tokenizer: Any) -> str:

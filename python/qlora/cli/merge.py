@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from qlora.cli.main import UsageError
+from qlora.cli.trained import quantisation_of
 
 NAME = "merge"
 HELP = "merge an adapter into its base: a 16-bit checkpoint"
@@ -52,6 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
     import qlora
     from qlora.cli.quiet import quiet_libraries
 
+    quantisation = quantisation_of(directory)
+    was_quantised = quantisation.pop("load_in_4bit", True)
+    if arguments.mode == "dequantized" and not was_quantised:
+        raise UsageError(
+            f"--mode dequantized: {directory} was trained with load_in_4bit false, on the base as it is"
+        )
     quiet_libraries()
     report = qlora.merge(
         arguments.adapter,
@@ -59,8 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         dtype=getattr(torch, arguments.dtype),
         mode=arguments.mode,
-        check=not arguments.no_check,
-        quant_config=qlora.QuantConfig(**_quantisation(directory)),
+        check=was_quantised and not arguments.no_check,
+        quant_config=qlora.QuantConfig(**quantisation),
         overwrite=arguments.overwrite,
     )
     print(report.summary())
@@ -78,13 +84,3 @@ def _built_in_base(adapter: Path) -> str | None:
     if name and not Path(name).exists() and Path(name).name == smollm2.DIRECTORY:
         return str(smollm2.model_directory())
     return None
-
-
-def _quantisation(adapter: Path) -> dict[str, Any]:
-    """How the base was quantised in training, from the args.json that `qlora train` wrote beside the adapter."""
-    try:
-        written = json.loads((adapter / "args.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    names = ("quant_type", "block_size", "double_quant")
-    return {name: written[name] for name in names if name in written}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+CSV_ENCODING = "utf-8-sig"  # with or without the mark that spreadsheets put first
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -202,6 +203,7 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
                 text = datasets.Value("string")
                 options = {
                     "keep_default_na": False,
+                    "encoding": CSV_ENCODING,
                     "features": datasets.Features(dict.fromkeys(_csv_columns(path), text)),
                 }
             return datasets.load_dataset(loader, data_files=str(path), split=split, **options)
@@ -216,7 +218,7 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
 
 
 def _csv_columns(path: Path) -> list[str]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding=CSV_ENCODING, newline="") as file:
         return next(csv.reader(file), [])
 
 
@@ -250,15 +252,15 @@ def _conversation(row: Row, column: str) -> list[Message]:
 
 
 def _message(turn: Any, where: str) -> Message:
-    """One message as {role, content, ...}. Parquet and Arrow give every message every key: empty ones go."""
-    given = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else {}
-    if {"from", "value"} <= given.keys():
+    """One message as {role, content}. Further keys go: some messages of a dataset have them, others do not."""
+    given = turn if isinstance(turn, dict) else {}
+    if given.get("from") is not None and given.get("value") is not None:
         given = {"role": ROLES.get(given["from"], given["from"]), "content": given["value"]}
-    if not {"role", "content"} <= given.keys():
+    if given.get("role") is None or given.get("content") is None:
         raise ValueError(f"{where}: expected {{role, content}} or {{from, value}}, got {_describe(turn)}")
     if not isinstance(given["content"], str):  # a ValueError all the same: the row is wrong
         raise ValueError(f"{where}: content: expected text, got {_describe(given['content'])}")  # noqa: TRY004
-    return given
+    return {"role": given["role"], "content": given["content"]}
 
 
 def _answers(messages: list[Message]) -> list[Row]:
