@@ -71,6 +71,7 @@ CASES = {
     "modules_to_save": {"modules_to_save": ["lm_head"], "targets": ["q_proj"]},
     "trained biases": {"kind": "qwen2", "bias": "all", "targets": ["q_proj"]},
     "embedding": {"targets": ["embed_tokens", "q_proj"]},
+    "dora on an embedding": {"use_dora": True, "targets": ["embed_tokens", "q_proj"]},
     "tied head saved": {"tied": True, "modules_to_save": ["lm_head"], "targets": ["q_proj"]},
 }
 

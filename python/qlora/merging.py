@@ -227,7 +227,9 @@ class _Merge:
             new = self._replaced[name]
             _check_shape(name, tensor.shape, new.shape)
             report.replaced.append(name)
-            return new.to(self.device, self.dtype)
+            if name not in self._updates:
+                return new.to(self.device, self.dtype)
+            tensor = new.to(self.device)  # PEFT saves an adapted embedding's own weight beside its adapter
         if name in self._biases:
             scaling, bias = self._biases[name]
             return (tensor.float() + scaling * bias.to(self.device).float()).to(self.dtype)

@@ -50,7 +50,7 @@ def fill_adapters(model, seed: int = 2, scale: float = 0.05) -> None:
     """Non-zero values in every adapter weight, the same for models with the same parameter names."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
-        if "lora_A" in name or "lora_B" in name:
+        if any(part in name for part in ("lora_A", "lora_B", "lora_embedding_")):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
