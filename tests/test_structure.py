@@ -39,6 +39,20 @@ FORBIDDEN_IMPORTS = {
     "ops": ("nn", "integrations", "cli", "train", "bench", "reference"),
     "nn": ("integrations", "cli", "train", "bench", "reference"),
     "integrations": ("cli", "train", "bench", "reference"),
+    "files": ("ops", "nn", "integrations", "cli", "train", "bench", "reference"),
+    **dict.fromkeys(
+        (
+            "lora",
+            "loftq",
+            "loss",
+            "preparation",
+            "merging",
+            "adapter_reader",
+            "checkpoint_reader",
+            "checkpoint_writer",
+        ),
+        ("cli", "train", "bench", "reference"),
+    ),
 }
 # Packages of others that only the upper layers know.
 HOSTS = ("transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")

@@ -150,7 +150,7 @@ def merge(
             f"qlora.merge: mode: expected 'dequantized' for {base}, which holds 4-bit weights only, got 'original'"
         )
     job = _Merge(loaded, source, dtype, mode, check, quant_config or QuantConfig(), _device(device))
-    from .train.files import whole_directory
+    from .files import whole_directory
 
     report = MergeReport(str(adapter), str(base), str(target), mode, str(dtype).removeprefix("torch."))
     with whole_directory(target) as staging:

@@ -84,14 +84,14 @@ def test_merged_checkpoint_answers_without_the_adapter(
     assert generate(capsys, merged, "--no-4bit", "--prompt", "say ") == "oooooo"
 
 
-def test_merge_measures_with_the_quantisation_of_the_training(adapter: Path, tmp_path: Path) -> None:
-    from qlora.cli.merge import _quantisation
+def test_the_quantisation_of_the_training_is_read_back(adapter: Path, tmp_path: Path) -> None:
+    from qlora.cli.trained import quantisation_of
 
-    assert _quantisation(adapter) == {}  # the defaults were not given
+    assert quantisation_of(adapter) == {}  # the defaults were not given
     copy = tmp_path / "adapter"
     copy.mkdir()
     (copy / "args.json").write_text('{"quant_type": "fp4", "block_size": 128, "lora_r": 4}')
-    assert _quantisation(copy) == {"quant_type": "fp4", "block_size": 128}
+    assert quantisation_of(copy) == {"quant_type": "fp4", "block_size": 128}
 
 
 def test_quantised_checkpoint_loads_with_the_same_values(model: Path, tmp_path: Path) -> None:

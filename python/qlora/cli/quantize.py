@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import qlora
+    from qlora import files
     from qlora.cli.quiet import quiet_libraries
-    from qlora.train import files
     from qlora.train.model import pick_device
 
     try:

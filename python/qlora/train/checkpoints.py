@@ -13,7 +13,7 @@ import re
 import shutil
 from pathlib import Path
 
-from qlora.train import files
+from qlora import files
 from qlora.train.config import ConfigError
 
 MARKER = "complete.json"

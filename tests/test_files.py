@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora.train import checkpoints, files
+from qlora import files
+from qlora.train import checkpoints
 from qlora.train.config import ConfigError
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -44,6 +45,9 @@ def whole_directory(path: Path) -> Iterator[Path]:
     The new directory is complete on disk before it gets its name. An existing `path` is moved aside first and removed
     last, so a kill at any point leaves the old one, the new one, or (between two renames) the old one under its
     hidden name, never a mixture.
+
+    Raises:
+        OSError: it could not be written; ENOSPC also where safetensors reports a full disk as an error of its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -58,8 +62,10 @@ def whole_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(staging, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, Exception) and not isinstance(error, OSError) and "No space left" in str(error):
+            raise OSError(errno.ENOSPC, f"{path}: {error}") from error
         raise
 
 
