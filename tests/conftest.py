@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -12,6 +15,14 @@ NO_GPU = "needs a CUDA gpu"
 def device(request: pytest.FixtureRequest) -> str:
     """ "cpu", then "cuda"."""
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def verbosity_of_transformers() -> Iterator[None]:
+    """Sets transformers' log level back: the commands lower it for the process, and tests share processes."""
+    yield
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.set_verbosity_warning()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
