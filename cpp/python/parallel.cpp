@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -38,8 +39,13 @@ void parallel_for(std::int64_t num_units, std::int64_t min_units, int num_thread
     pybind11::gil_scoped_release release;
     std::vector<std::thread> threads;
     threads.reserve(static_cast<std::size_t>(num_parts - 1));
-    for (std::int64_t part = 1; part < num_parts; ++part) threads.emplace_back(run, part);
+    std::int64_t started = 1;
+    try {
+      for (; started < num_parts; ++started) threads.emplace_back(run, started);
+    } catch (const std::system_error&) {  // No more threads to be had: the rest runs here.
+    }
     run(0);
+    for (std::int64_t part = started; part < num_parts; ++part) run(part);
     for (std::thread& thread : threads) thread.join();
   }
   for (const Outcome& outcome : outcomes) raise(outcome);

@@ -270,3 +270,23 @@ def test_bad_input_is_one_error_and_leaves_nothing(
     assert len(errors) == 1
     assert message in errors[0]
     assert not output.exists() or not any(output.iterdir())
+
+
+def test_a_new_run_keeps_the_earlier_result_aside(tmp_path: Path) -> None:
+    """An adapter never stands beside another run's arguments, and no result is lost before there is a new one."""
+    from qlora.train.session import _make_room
+
+    for name in (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "args.json",
+        "metrics.json",
+        "notes.txt",
+    ):
+        (tmp_path / name).write_text(name)
+    _make_room(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"previous", "notes.txt"}
+    assert (tmp_path / "previous" / "adapter_model.safetensors").read_text() == "adapter_model.safetensors"
+    (tmp_path / "args.json").write_text("of a run that was given up")
+    _make_room(tmp_path)
+    assert (tmp_path / "previous" / "args.json").read_text() == "args.json"

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from qlora.train.session import Prepared
 
 
+DESCRIPTIONS = ("loss.png", "metrics.json", "metrics.jsonl", "samples.md", "args.yaml")
+RESULT_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "args.json", *DESCRIPTIONS)
+
+
 @dataclass
 class Measured:
     """Held-out loss (None without held-out data) and the samples' answers at one moment."""
@@ -112,9 +116,8 @@ def _print_results(
     if before.loss is not None and after.loss is not None:
         change = metrics["held_out_loss"]["change_percent"]
         print(f"held-out loss: {before.loss:.3f} -> {after.loss:.3f} ({change:+.1f} %)")
-    print(
-        f"written to {output_dir}: the adapter, loss.png, metrics.json, metrics.jsonl, samples.md, args.yaml"
-    )
+    described = [name for name in DESCRIPTIONS if (output_dir / name).exists()]
+    print(f"written to {output_dir}: the adapter, {', '.join(described)}")
 
 
 def _one_line(text: str, width: int = 110) -> str:

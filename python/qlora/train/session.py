@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import platform
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -27,9 +29,10 @@ from qlora.nn import report
 from qlora.train import checkpoints, data, default_task, example, samples, smollm2
 from qlora.train import model as models
 from qlora.train.config import Config, ConfigError, QloraArguments
-from qlora.train.results import Measured, write_history, write_results
+from qlora.train.results import RESULT_FILES, Measured, write_history, write_results
 
 DEFAULT_OUTPUT_DIR = "qlora-output"
+PREVIOUS = "previous"  # in output_dir: the result of the run before this one
 INTERRUPTED = 130
 
 # Defaults for a dataset of the user's own, over TRL's. Where TRL and transformers differ from common QLoRA practice.
@@ -248,11 +251,21 @@ def _check_room(output_dir: Path, config: Config) -> None:
 
 
 def _make_room(output_dir: Path) -> None:
-    """Once a fresh run is known to be able to start: the checkpoints of the one before go, and what says it is done."""
+    """Once a fresh run is known to be able to start: the checkpoints of the one before go, its result moves aside.
+
+    So an adapter never stands beside another run's arguments, and a run that is given up costs none.
+    """
     for directory in checkpoints.checkpoints(output_dir):
         checkpoints.remove(directory)
-    for name in ("metrics.json", "before.json"):
-        (output_dir / name).unlink(missing_ok=True)
+    (output_dir / "before.json").unlink(missing_ok=True)
+    if (output_dir / "adapter_config.json").exists():
+        previous = output_dir / PREVIOUS
+        shutil.rmtree(previous, ignore_errors=True)
+        previous.mkdir()
+        for path in (output_dir / name for name in RESULT_FILES):
+            if path.exists():
+                os.replace(path, previous / path.name)
+        print(f"the result of the run before is kept in {previous}")
 
 
 def _print_plan(prepared: Prepared, device: torch.device) -> None:
@@ -335,9 +348,13 @@ def _measure(prepared: Prepared) -> Measured:
 def _stop_on_interrupt(interrupt: Any) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) asks for a stop after the running step; the second one is an ordinary one."""
 
+    def restore() -> None:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
     def ask(_: int, __: FrameType | None) -> None:
         interrupt.requested = True
-        signal.signal(signal.SIGINT, old[signal.SIGINT])
+        restore()
         print(
             "\nstopping after this step with a checkpoint; Ctrl-C again stops at once",
             file=sys.stderr,
@@ -348,8 +365,7 @@ def _stop_on_interrupt(interrupt: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        restore()
 
 
 def _print_interrupted(output_dir: Path, trainer: Any) -> None:
