@@ -40,7 +40,8 @@ const char* name_of(Direction direction) {
 }
 
 // A shape and a dtype without data, for the questions that need no more.
-Gemm describe_gemm(const char* op, const qlora_weight_4bit* weight, int64_t m, qlora_dtype dtype, int is_grad) {
+Gemm describe_gemm(const char* op, const qlora_weight_4bit* weight, int64_t m, qlora_dtype dtype, int is_grad,
+                   int has_bias) {
   check_pointer(op, "weight", weight);
   check_format(op, weight->format);
   check_block_size(op, weight->block_size);
@@ -51,6 +52,7 @@ Gemm describe_gemm(const char* op, const qlora_weight_4bit* weight, int64_t m, q
   problem.m = m;
   problem.dtype = dtype;
   problem.weight = *weight;
+  if (has_bias != 0) problem.bias = weight;  // Only whether it is null is read.
   check_gemm(op, problem);
   return problem;
 }
@@ -176,10 +178,10 @@ qlora_status qlora_linear_4bit_grad_input_cuda(const void* dy, int64_t m, qlora_
 }
 
 qlora_status qlora_linear_4bit_workspace_size(const qlora_weight_4bit* weight, int64_t m, qlora_dtype dtype,
-                                              int is_grad, int32_t device, int64_t* size) {
+                                              int is_grad, int has_bias, int32_t device, int64_t* size) {
   return guarded([&] {
     constexpr const char* kOp = "linear_4bit_workspace_size";
-    const qlora::Gemm problem = qlora::describe_gemm(kOp, weight, m, dtype, is_grad);
+    const qlora::Gemm problem = qlora::describe_gemm(kOp, weight, m, dtype, is_grad, has_bias);
     qlora::check_pointer(kOp, "size", size);
     *size = qlora::gemm_workspace_size(problem, qlora::find_device(kOp, device));
   });
@@ -189,7 +191,7 @@ qlora_status qlora_explain_linear_4bit(const qlora_weight_4bit* weight, int64_t 
                                        int32_t device, char* text, int64_t size) {
   return guarded([&] {
     constexpr const char* kOp = "explain_linear_4bit";
-    const qlora::Gemm problem = qlora::describe_gemm(kOp, weight, m, dtype, is_grad);
+    const qlora::Gemm problem = qlora::describe_gemm(kOp, weight, m, dtype, is_grad, 0);
     qlora::check_pointer(kOp, "text", text);
     qlora::expect(size >= 1, kOp, ": size: expected at least 1, got ", size);
     const std::string whole = qlora::explain_gemm(problem, qlora::find_device(kOp, device));

@@ -51,6 +51,7 @@ constexpr bool is_valid_block_size(std::int64_t block_size) {
 }
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+constexpr std::int64_t round_up(std::int64_t a, std::int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 
 // Bytes of n codes, scales of n values, second-level scales of n values.
 constexpr std::int64_t num_packed_bytes(std::int64_t n) { return (n + 1) / 2; }

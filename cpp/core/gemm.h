@@ -24,6 +24,8 @@ struct Gemm {
   void* output;              // y [m, n] or dx [m, k]
   void* workspace;
   int64_t workspace_size;
+
+  bool has_bias() const { return bias != nullptr; }
 };
 
 // For example "linear_4bit m=4 n=4096 k=4096 bfloat16 nf4 block 64 double-quantised bias".

@@ -50,7 +50,8 @@ qlora_status qlora_linear_4bit_cuda(const void*, int64_t, qlora_dtype, const qlo
   return no_cuda("linear_4bit");
 }
 
-qlora_status qlora_linear_4bit_workspace_size(const qlora_weight_4bit*, int64_t, qlora_dtype, int, int32_t, int64_t*) {
+qlora_status qlora_linear_4bit_workspace_size(const qlora_weight_4bit*, int64_t, qlora_dtype, int, int, int32_t,
+                                              int64_t*) {
   return no_cuda("linear_4bit_workspace_size");
 }
 

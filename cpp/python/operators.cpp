@@ -136,9 +136,9 @@ struct Workspace {
 
 // CUDA only: the caller's memory, as large as the kernel asks for.
 Workspace workspace_of(Call& call, const qlora_weight_4bit& weight, std::int64_t m, DType dtype, bool is_grad,
-                       const py::object& object) {
+                       bool has_bias, const py::object& object) {
   std::int64_t needed = 0;
-  check(qlora_linear_4bit_workspace_size(&weight, m, c_dtype(dtype), is_grad, call.device(), &needed));
+  check(qlora_linear_4bit_workspace_size(&weight, m, c_dtype(dtype), is_grad, has_bias, call.device(), &needed));
   if (needed == 0) return {};
   const std::string expected =
       "at least " + std::to_string(needed) + " bytes on the device (linear_4bit_workspace_size)";
@@ -170,7 +170,7 @@ py::object linear(const char* op, bool is_grad, const py::object& input, const W
   const auto y = call.output("out", out, shape, x.dtype);
 
   if (call.is_cuda()) {
-    const Workspace space = workspace_of(call, weight, m, x.dtype, is_grad, workspace);
+    const Workspace space = workspace_of(call, weight, m, x.dtype, is_grad, bias_data != nullptr, workspace);
     check(is_grad ? qlora_linear_4bit_grad_input_cuda(x.data, m, dtype, &weight, y.data, space.data, space.size,
                                                       call.device(), call.stream())
                   : qlora_linear_4bit_cuda(x.data, m, dtype, &weight, bias_data, y.data, space.data, space.size,
@@ -186,7 +186,8 @@ py::object linear(const char* op, bool is_grad, const py::object& input, const W
 
 std::int64_t linear_workspace_size(std::int64_t m, const std::pair<std::int64_t, std::int64_t>& shape,
                                    const std::string& dtype_name, std::int64_t block_size,
-                                   const std::string& quant_type, bool is_nested, bool is_grad, std::int32_t device) {
+                                   const std::string& quant_type, bool is_nested, bool is_grad, bool has_bias,
+                                   std::int32_t device) {
   const std::string op = "linear_4bit_workspace_size";
   check_block_size(op, block_size);
   const std::uint8_t codes = 0;  // Only whether the pointers are null is read.
@@ -199,7 +200,8 @@ std::int64_t linear_workspace_size(std::int64_t m, const std::pair<std::int64_t,
     weight.nested_absmax = weight.nested_code = weight.nested_offset = &scale;
   }
   std::int64_t size = 0;
-  check(qlora_linear_4bit_workspace_size(&weight, m, c_dtype(floating_dtype(op, dtype_name)), is_grad, device, &size));
+  check(qlora_linear_4bit_workspace_size(&weight, m, c_dtype(floating_dtype(op, dtype_name)), is_grad, has_bias, device,
+                                         &size));
   return size;
 }
 
@@ -287,7 +289,7 @@ void register_operators(py::module_& module) {
       "dx = dy W: [..., rows] -> [..., cols].");
   module.def("linear_4bit_workspace_size", linear_workspace_size, arg("m"), arg("shape"), arg("dtype"),
              arg("block_size") = 64, arg("quant_type") = "nf4", kw_only(), arg("is_nested") = false,
-             arg("is_grad") = false, arg("device") = 0,
+             arg("is_grad") = false, arg("has_bias") = false, arg("device") = 0,
              "Bytes of device memory that linear_4bit (or its gradient) wants as workspace= on CUDA.");
   module.def(
       "embedding_4bit",

@@ -29,9 +29,10 @@ struct Launch {
 };
 
 // Device memory of torch's caching allocator, whose blocks are 512-byte aligned.
-Tensor workspace_for(const Weight& weight, const Rows& operand, bool is_grad, int32_t device, int64_t* size) {
-  throw_on_failure(
-      qlora_linear_4bit_workspace_size(weight.get(), operand.m, operand.dtype, is_grad ? 1 : 0, device, size));
+Tensor workspace_for(const Weight& weight, const Rows& operand, bool is_grad, bool has_bias, int32_t device,
+                     int64_t* size) {
+  throw_on_failure(qlora_linear_4bit_workspace_size(weight.get(), operand.m, operand.dtype, is_grad ? 1 : 0,
+                                                    has_bias ? 1 : 0, device, size));
   return torch::stable::new_empty(operand.values, {*size}, ScalarType::Byte);
 }
 
@@ -113,7 +114,7 @@ Tensor linear_4bit(Tensor input, Tensor packed, Tensor absmax, std::optional<Ten
   if (output.numel() == 0) return output;
   if (weight.cols() == 0) return bias ? torch::stable::copy_(output, *bias) : torch::stable::zero_(output);
   int64_t size = 0;
-  const Tensor workspace = workspace_for(weight, x, false, launch.device, &size);
+  const Tensor workspace = workspace_for(weight, x, false, bias.has_value(), launch.device, &size);
   throw_on_failure(qlora_linear_4bit_cuda(
       x.values.const_data_ptr(), x.m, x.dtype, weight.get(), bias ? bias->const_data_ptr() : nullptr,
       output.mutable_data_ptr(), size ? workspace.mutable_data_ptr() : nullptr, size, launch.device, launch.stream));
@@ -133,7 +134,7 @@ Tensor linear_4bit_grad_input(Tensor grad_output, Tensor packed, Tensor absmax, 
   if (grad_input.numel() == 0) return grad_input;
   if (weight.rows() == 0) return torch::stable::zero_(grad_input);
   int64_t size = 0;
-  const Tensor workspace = workspace_for(weight, dy, true, launch.device, &size);
+  const Tensor workspace = workspace_for(weight, dy, true, false, launch.device, &size);
   throw_on_failure(qlora_linear_4bit_grad_input_cuda(
       dy.values.const_data_ptr(), dy.m, dy.dtype, weight.get(), grad_input.mutable_data_ptr(),
       size ? workspace.mutable_data_ptr() : nullptr, size, launch.device, launch.stream));

@@ -151,11 +151,12 @@ void cublas_gemm(const CublasGemm& gemm, int device, void* workspace, cudaStream
   check_cublas(library().set_workspace(handle.get(), workspace, static_cast<size_t>(kCublasWorkspaceBytes)),
                "cublasSetWorkspace");
   const float alpha = 1.0f;
+  const float beta = 0.0f;
   const int type = data_type(gemm.dtype);
   // cuBLAS is column-major: it is asked for c^T [n, m] = op(b)^T a^T, and each row-major matrix is its own transpose.
   check_cublas(library().gemm(handle.get(), gemm.is_b_transposed ? kOpT : kOpN, kOpN, gemm.n, gemm.m, gemm.k, &alpha,
-                              gemm.b, type, gemm.ldb, gemm.a, type, gemm.lda, &gemm.beta, gemm.c, type, gemm.ldc,
-                              kCompute32F, kGemmDefault),
+                              gemm.b, type, gemm.ldb, gemm.a, type, gemm.lda, &beta, gemm.c, data_type(gemm.c_dtype),
+                              gemm.ldc, kCompute32F, kGemmDefault),
                "cublasGemmEx");
 }
 

@@ -11,9 +11,10 @@
 
 namespace qlora {
 
-// c = a op(b) + beta c, row-major, sums in fp32 (no TF32, no reduced-precision partial sums), one rounding to `dtype`.
+// c = a op(b), row-major, sums in fp32 (no TF32, no reduced-precision partial sums), one rounding to `c_dtype`.
 struct CublasGemm {
-  qlora_dtype dtype;  // of a, b and c
+  qlora_dtype dtype;    // of a and b
+  qlora_dtype c_dtype;  // `dtype` or fp32
   int64_t m;
   int64_t n;
   int64_t k;
@@ -22,7 +23,6 @@ struct CublasGemm {
   const void* b;  // [n, k] if is_b_transposed, else [k, n], of row length ldb
   int64_t ldb;
   bool is_b_transposed;
-  float beta;
   void* c;  // [m, n] of row length ldc
   int64_t ldc;
 };

@@ -4,15 +4,17 @@
 //   input gradient  chunk = columns k0..k1 of W:      dx[:, k0:k1] = dy W[:, k0:k1]
 //
 // No chunk adds to another's output, so each output is rounded once. The chunk buffer is reused: where many rows allow
-// narrow chunks it is written and read in L2, without reaching HBM. Bias: y is filled with it and the product is added
-// in fp32 (beta = 1). Best for m of some hundreds and more.
+// narrow chunks it is written and read in L2, without reaching HBM. With a bias the product stays in fp32, chunk by
+// chunk, and is rounded once with the bias added: cuBLAS rounds some 16-bit products before it adds to them. Best for m
+// of some hundreds and more.
 //
-// Workspace: [cuBLAS 32 MiB][chunk]
+// Workspace: [cuBLAS 32 MiB][chunk][with a bias: fp32 product, m rows of a chunk's columns]
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 
 #include "core/status.h"
+#include "cuda/device/numeric.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/gemm/cublas.h"
 #include "cuda/gemm/gemm.h"
@@ -27,6 +29,9 @@ constexpr int kThreads = 256;
 constexpr int64_t kChunkMultiple = 256;                 // of rows or columns: whole tiles of cuBLAS' kernels
 constexpr int64_t kMinChunkBytes = int64_t{16} << 20;   // below, launches cost more than L2 saves
 constexpr int64_t kMaxChunkBytes = int64_t{128} << 20;  // what a caller's workspace may be asked for
+constexpr int64_t kMaxProductBytes = int64_t{64} << 20;
+constexpr int64_t kProductBytes = sizeof(float);
+constexpr int64_t kBufferAlignment = 256;
 
 // Columns of the output that a chunk should cover: few enough to stay in L2, enough that cuBLAS fills the machine.
 // H100, 2026-11: QLORA_DENSE_CHUNK_BYTES swept over widths 512 to 14336 on the layers of Llama-3-8B; 2048 was up to 8 %
@@ -52,39 +57,72 @@ int64_t chunk_width(const Gemm& problem) {
   const int64_t width = is_forward ? problem.weight.rows : problem.weight.cols;
   const int64_t depth = is_forward ? problem.weight.cols : problem.weight.rows;
   const int64_t column_bytes = depth * size_of(problem.dtype);
-  const int64_t widest = chunk_bytes(problem.m, column_bytes) / column_bytes / kChunkMultiple * kChunkMultiple;
+  int64_t widest = chunk_bytes(problem.m, column_bytes) / column_bytes;
+  if (problem.has_bias()) widest = std::min(widest, kMaxProductBytes / kProductBytes / problem.m);
+  widest = widest / kChunkMultiple * kChunkMultiple;
   const int64_t num_chunks = ceil_div(width, std::max(widest, kChunkMultiple));
-  return std::min(width, ceil_div(ceil_div(width, num_chunks), kChunkMultiple) * kChunkMultiple);
+  return std::min(width, round_up(ceil_div(width, num_chunks), kChunkMultiple));
 }
 
-// y [m, row_words] with every row = bias [row_words]; a thread a column, rows strided over gridDim.y.
-template <typename Word>
-__global__ __launch_bounds__(kThreads) void fill_rows_kernel(const Word* __restrict__ bias, int64_t m,
-                                                             int64_t row_words, Word* __restrict__ y) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t col = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; col < row_words; col += stride) {
-    const Word word = bias[col];
-    for (int64_t row = blockIdx.y; row < m; row += gridDim.y) y[row * row_words + col] = word;
+// Bytes of the chunk buffer, padded so that what follows is aligned.
+int64_t chunk_buffer_size(const Gemm& problem) {
+  const int64_t depth = problem.direction == Direction::kForward ? problem.weight.cols : problem.weight.rows;
+  return round_up(chunk_width(problem) * depth * size_of(problem.dtype), kBufferAlignment);
+}
+
+// y [m, cols] of row length row_length = product [m, cols] + bias [cols], each thread kValues columns, rows strided
+// over gridDim.y.
+template <typename T, int kValues>
+__global__ __launch_bounds__(kThreads) void add_bias_kernel(const float* __restrict__ product,
+                                                            const T* __restrict__ bias, int64_t m, int64_t cols,
+                                                            T* __restrict__ y, int64_t row_length) {
+  const int64_t col = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kValues;
+  if (col >= cols) return;
+  float terms[kValues];
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) terms[i] = to_float(bias[col + i]);
+  for (int64_t row = blockIdx.y; row < m; row += gridDim.y) {
+    const float* const sums = product + row * cols + col;
+    T* const out = y + row * row_length + col;
+    if constexpr (kValues == 1) {
+      *out = from_float<T>(*sums + terms[0]);
+    } else {
+      float values[kValues];
+#pragma unroll
+      for (int i = 0; i < kValues; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(sums + i);
+        values[i] = four.x + terms[i];
+        values[i + 1] = four.y + terms[i + 1];
+        values[i + 2] = four.z + terms[i + 2];
+        values[i + 3] = four.w + terms[i + 3];
+      }
+      store_16_bytes(out, values);
+    }
   }
 }
 
-template <typename Word>
-void fill_rows_of(const Gemm& problem, int64_t row_bytes, cudaStream_t stream) {
-  const int64_t row_words = row_bytes / static_cast<int64_t>(sizeof(Word));
-  launch("fill_rows_kernel", fill_rows_kernel<Word>,
-         dim3(grid_size(row_words, kThreads), grid_size(problem.m, 1, kMaxGridY)), kThreads, stream,
-         static_cast<const Word*>(problem.bias), problem.m, row_words, static_cast<Word*>(problem.output));
+template <typename T, int kValues>
+void launch_add_bias(const float* product, const T* bias, int64_t m, int64_t cols, T* y, int64_t row_length,
+                     cudaStream_t stream) {
+  launch("add_bias_kernel", add_bias_kernel<T, kValues>,
+         dim3(grid_size(cols, kThreads * kValues), grid_size(m, 1, kMaxGridY)), kThreads, stream, product, bias, m,
+         cols, y, row_length);
 }
 
-void fill_with_bias(const Gemm& problem, cudaStream_t stream) {
-  const int64_t row_bytes = problem.weight.rows * size_of(problem.dtype);
-  if (row_bytes % 16 == 0 && is_aligned(problem.bias, 16) && is_aligned(problem.output, 16)) {
-    fill_rows_of<uint4>(problem, row_bytes, stream);
-  } else if (problem.dtype == QLORA_FLOAT32) {
-    fill_rows_of<uint32_t>(problem, row_bytes, stream);
-  } else {
-    fill_rows_of<uint16_t>(problem, row_bytes, stream);
-  }
+// Rounds a chunk's product, `cols` columns of y from `begin` on, with the bias added.
+void add_bias(const Gemm& problem, const float* product, int64_t begin, int64_t cols, cudaStream_t stream) {
+  dispatch_dtype(problem.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    constexpr int kVector = kValuesPer16Bytes<T>;
+    const T* const bias = static_cast<const T*>(problem.bias) + begin;
+    T* const y = static_cast<T*>(problem.output) + begin;
+    const int64_t row_length = problem.weight.rows;
+    if (row_length % kVector == 0 && cols % kVector == 0 && is_aligned(y, 16)) {
+      launch_add_bias<T, kVector>(product, bias, problem.m, cols, y, row_length, stream);
+    } else {
+      launch_add_bias<T, 1>(product, bias, problem.m, cols, y, row_length, stream);
+    }
+  });
 }
 
 }  // namespace
@@ -95,8 +133,8 @@ std::string supports_dense(const Gemm& problem, const Device&) {
 }
 
 int64_t dense_workspace_size(const Gemm& problem, const Device&) {
-  const int64_t depth = problem.direction == Direction::kForward ? problem.weight.cols : problem.weight.rows;
-  return kCublasWorkspaceBytes + chunk_width(problem) * depth * size_of(problem.dtype);
+  const int64_t product = problem.has_bias() ? problem.m * chunk_width(problem) * kProductBytes : 0;
+  return kCublasWorkspaceBytes + chunk_buffer_size(problem) + product;
 }
 
 void dense(const Gemm& problem, const Device& device, cudaStream_t stream) {
@@ -106,7 +144,7 @@ void dense(const Gemm& problem, const Device& device, cudaStream_t stream) {
   const int64_t width = is_forward ? n : k;
   const int64_t step = chunk_width(problem);
   char* const chunk = static_cast<char*>(problem.workspace) + kCublasWorkspaceBytes;
-  if (problem.bias != nullptr) fill_with_bias(problem, stream);
+  float* const product = reinterpret_cast<float*>(chunk + chunk_buffer_size(problem));
   for (int64_t begin = 0; begin < width; begin += step) {
     const int64_t end = std::min(begin + step, width);
     const Window window = is_forward ? Window{begin, end, 0, k} : Window{0, n, begin, end};
@@ -114,6 +152,7 @@ void dense(const Gemm& problem, const Device& device, cudaStream_t stream) {
     dequantize_4bit(problem.weight, window, chunk, chunk_row, problem.dtype, stream);
     CublasGemm gemm = {};
     gemm.dtype = problem.dtype;
+    gemm.c_dtype = problem.has_bias() ? QLORA_FLOAT32 : problem.dtype;
     gemm.m = problem.m;
     gemm.n = end - begin;
     gemm.k = is_forward ? k : n;
@@ -122,10 +161,11 @@ void dense(const Gemm& problem, const Device& device, cudaStream_t stream) {
     gemm.b = chunk;
     gemm.ldb = chunk_row;
     gemm.is_b_transposed = is_forward;
-    gemm.beta = problem.bias != nullptr ? 1.0f : 0.0f;
-    gemm.c = static_cast<char*>(problem.output) + begin * size_of(problem.dtype);
-    gemm.ldc = width;
+    gemm.c = problem.has_bias() ? static_cast<void*>(product)
+                                : static_cast<char*>(problem.output) + begin * size_of(problem.dtype);
+    gemm.ldc = problem.has_bias() ? gemm.n : width;
     cublas_gemm(gemm, device.index, problem.workspace, stream);
+    if (problem.has_bias()) add_bias(problem, product, begin, gemm.n, stream);
   }
 }
 

@@ -130,6 +130,7 @@ def linear_4bit_workspace_size(
     *,
     is_nested: bool = ...,
     is_grad: bool = ...,
+    has_bias: bool = ...,
     device: int = ...,
 ) -> int: ...
 def embedding_4bit(

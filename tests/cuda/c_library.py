@@ -52,10 +52,18 @@ def explain(
     return text.value.decode()
 
 
-def workspace_size(weight: Weight4bit, m: int, dtype: torch.dtype, *, is_grad: bool = False) -> int:
+def workspace_size(
+    weight: Weight4bit, m: int, dtype: torch.dtype, *, is_grad: bool = False, has_bias: bool = False
+) -> int:
     size = ctypes.c_int64(-1)
     status = library().qlora_linear_4bit_workspace_size(
-        ctypes.byref(weight), ctypes.c_int64(m), DTYPES[dtype], int(is_grad), 0, ctypes.byref(size)
+        ctypes.byref(weight),
+        ctypes.c_int64(m),
+        DTYPES[dtype],
+        int(is_grad),
+        int(has_bias),
+        0,
+        ctypes.byref(size),
     )
     assert status == OK, last_error()
     return size.value

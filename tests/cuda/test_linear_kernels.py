@@ -133,6 +133,8 @@ def test_workspace_holds_a_chunk_and_cublas(kernel) -> None:
     kernel("dense", 1 << 20)
     assert c_library.workspace_size(weight, 4, torch.bfloat16) == (32 << 20) + 512 * 1024 * 2
     assert c_library.workspace_size(weight, 4, torch.bfloat16, is_grad=True) == (32 << 20) + 256 * 4096 * 2
+    with_bias = (32 << 20) + 512 * 1024 * 2 + 4 * 512 * 4  # the chunk's product in fp32
+    assert c_library.workspace_size(weight, 4, torch.bfloat16, has_bias=True) == with_bias
     kernel("naive")
     assert c_library.workspace_size(weight, 4, torch.bfloat16) == 0
 

@@ -168,8 +168,7 @@ QLORA_API qlora_status qlora_dequantize_absmax_cuda(const uint8_t* codes, int64_
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Linear: y = x W^T + bias, and its input gradient dx = dy W. W is the dequantised weight rounded to `dtype` on CUDA
-// and kept in fp32 on CPU; sums are fp32, rounded once to `dtype`. With a bias on CUDA, cuBLAS may round the product
-// once more before the bias is added.
+// and kept in fp32 on CPU; sums, with the bias among them, are fp32, rounded once to `dtype`.
 
 /// \param[in]  x     [m, cols] of `dtype`, contiguous.
 /// \param[in]  bias  [rows] of `dtype`, or null.
@@ -185,7 +184,7 @@ QLORA_API qlora_status qlora_linear_4bit_cuda(const void* x, int64_t m, qlora_dt
                                               void* workspace, int64_t workspace_size, int32_t device,
                                               qlora_stream stream);
 QLORA_API qlora_status qlora_linear_4bit_workspace_size(const qlora_weight_4bit* weight, int64_t m, qlora_dtype dtype,
-                                                        int is_grad, int32_t device, int64_t* size);
+                                                        int is_grad, int has_bias, int32_t device, int64_t* size);
 
 /// \param[in]  dy  [m, rows] of `dtype`, contiguous.
 /// \param[out] dx  [m, cols] of `dtype`, contiguous.
