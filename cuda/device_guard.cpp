@@ -18,7 +18,8 @@ std::vector<Device> find_devices() {
   for (int index = 0; index < count; ++index) {
     devices.push_back({index, attribute(cudaDevAttrComputeCapabilityMajor, index),
                        attribute(cudaDevAttrComputeCapabilityMinor, index),
-                       attribute(cudaDevAttrMultiProcessorCount, index), attribute(cudaDevAttrL2CacheSize, index)});
+                       attribute(cudaDevAttrMultiProcessorCount, index), attribute(cudaDevAttrL2CacheSize, index),
+                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)});
   }
   return devices;
 }

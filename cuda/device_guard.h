@@ -15,6 +15,7 @@ struct Device {
   int minor;
   int num_multiprocessors;
   int64_t l2_bytes;
+  int64_t max_shared_bytes;  // of a block that opts in
 };
 
 // Attributes of device `index`, queried once per process. Throws QLORA_INVALID_ARGUMENT for an index without a device.

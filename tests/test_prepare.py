@@ -46,7 +46,7 @@ def test_adapters_stay_trainable_when_they_come_first():
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * 14 and all("lora_" in name for name in trainable)
     injected = pair()[0]
-    injected.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), injected)
     assert any(p.requires_grad for p in qlora.prepare(injected).parameters())
 
 

@@ -19,6 +19,10 @@ namespace qlora {
 std::string supports_naive(const Gemm& problem, const Device& device);
 void naive(const Gemm& problem, const Device& device, cudaStream_t stream);
 
+// skinny_sm90.cu: 1 to 16 rows of x in 16 bits, block 64, k a multiple of 256; forward.
+std::string supports_skinny_sm90(const Gemm& problem, const Device& device);
+void skinny_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);
+
 // dense.cu: dequantise a chunk that fits L2, multiply it with cuBLAS, next chunk.
 std::string supports_dense(const Gemm& problem, const Device& device);
 int64_t dense_workspace_size(const Gemm& problem, const Device& device);

@@ -59,6 +59,21 @@ def drive_linear(shape: tuple[int, int], dtype: torch.dtype, quant_type: str, ke
         ops.linear_4bit_grad_input(dy, packed, absmax, shape, **form)
 
 
+def drive_skinny(shape: tuple[int, int], dtype: torch.dtype, quant_type: str) -> None:
+    """linear_4bit for few rows; plain and nested; aligned and not."""
+    os.environ["QLORA_LINEAR_KERNEL"] = "skinny_sm90"
+    n, k = shape
+    form = {"block_size": 64, "quant_type": quant_type}
+    packed, absmax = ops.quantize_4bit(torch.randn(shape, device="cuda"), **form)
+    codes, *tensors = ops.quantize_absmax(absmax)
+    nested = dict(zip(("nested_absmax", "nested_quant_map", "nested_offset"), tensors, strict=True))
+    bias = torch.ones(n, device="cuda", dtype=dtype)
+    for m, (scales, extra) in itertools.product((1, 8, 13), ((absmax, {}), (codes, nested))):
+        x = torch.randn(m, k, device="cuda").to(dtype)
+        ops.linear_4bit(x, packed, scales, shape, **form, **extra, bias=bias)
+        ops.linear_4bit(shifted(x), shifted(packed), scales, shape, **form, **extra)
+
+
 def main() -> None:
     torch.manual_seed(0)
     for shape, dtype, quant_type in itertools.product(SHAPES, DTYPES, QUANT_TYPES):
@@ -69,6 +84,11 @@ def main() -> None:
         for shape, kernel in itertools.product(((37, 77), (300, 264), (520, 512)), ("naive", "dense")):
             drive_linear(shape, dtype, quant_type, kernel)
         torch.cuda.synchronize()
+    if torch.cuda.get_device_capability() >= (9, 0):
+        for dtype, quant_type in itertools.product(DTYPES[1:], QUANT_TYPES):
+            for shape in ((1, 256), (264, 4096), (40, 5120), (17, 16384)):
+                drive_skinny(shape, dtype, quant_type)
+            torch.cuda.synchronize()
     print("every kernel ran")
 
 

@@ -33,14 +33,22 @@ def kernel(monkeypatch: pytest.MonkeyPatch):
     return choose
 
 
+@pytest.fixture
+def skinny(kernel) -> None:
+    """skinny_sm90 alone; a skip with the reason where the GPU has not what it needs."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("skinny_sm90 needs compute capability 9.0")
+    kernel("skinny_sm90")
+
+
 def randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).cuda()
 
 
-def quantized(n: int, k: int, dtype: torch.dtype, is_nested: bool):
+def quantized(n: int, k: int, dtype: torch.dtype, is_nested: bool, quant_type: str = "nf4"):
     """Arguments of the operators, and the weight rounded to dtype."""
-    packed, absmax = ops.quantize_4bit(randn(n, k, dtype=torch.float32, seed=n + k), 64, "nf4")
-    form = {"block_size": 64, "quant_type": "nf4"}
+    packed, absmax = ops.quantize_4bit(randn(n, k, dtype=torch.float32, seed=n + k), 64, quant_type)
+    form = {"block_size": 64, "quant_type": quant_type}
     if is_nested:
         absmax, *tensors = ops.quantize_absmax(absmax)
         form |= zip(("nested_absmax", "nested_quant_map", "nested_offset"), tensors, strict=True)
@@ -92,6 +100,92 @@ def test_outputs_are_written_whole_whatever_the_chunk(kernel, dtype: torch.dtype
         )
 
 
+# [n, k] for skinny_sm90: one row, a tile and a rest, a chunk or many of k, clusters of 1 to 8 blocks, two chunks a warp.
+SKINNY_SHAPES = (
+    (1, 256),
+    (7, 512),
+    (1000, 1024),
+    (1024, 4096),
+    (264, 5120),
+    (2100, 8192),
+    (40, 18944),
+    (17, 32768),
+)
+
+
+@pytest.mark.usefixtures("skinny")
+@pytest.mark.parametrize("is_nested", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SKINNY_SHAPES)
+@pytest.mark.parametrize("m", [1, 8, 9, 16])
+def test_skinny_equals_float64_product_of_the_exact_weight(
+    m: int, shape: tuple[int, int], dtype: torch.dtype, quant_type: str, is_nested: bool
+) -> None:
+    n, k = shape
+    args, form, weight = quantized(*shape, torch.float32, is_nested, quant_type)
+    x, bias = randn(m, k, dtype=dtype, seed=1), randn(n, dtype=dtype, seed=2)
+    expected = x.double() @ weight.double().T
+    # A code value is rounded to dtype, which is a relative error of a weight of at most eps / 2.
+    rounding = torch.finfo(dtype).eps / 2 * (x.double().abs() @ weight.double().abs().T)
+    y = ops.linear_4bit(x, *args, **form)
+    assert_within(y, expected, tolerance(x, weight.T, expected) + 2 * rounding)
+    with_bias = expected + bias.double()
+    slack = torch.finfo(torch.float32).eps * bias.double().abs()
+    limit = tolerance(x, weight.T, with_bias) + slack + 2 * rounding
+    assert_within(ops.linear_4bit(x, *args, **form, bias=bias), with_bias, limit)
+    assert_bitwise_equal(ops.linear_4bit(x, *args, **form), y)
+    assert_bitwise_equal(ops.linear_4bit(x.flip(0), *args, **form), y.flip(0))
+
+
+@pytest.mark.usefixtures("skinny")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("m", [1, 16])
+def test_skinny_is_more_accurate_than_a_product_with_rounded_weights(
+    kernel, m: int, dtype: torch.dtype
+) -> None:
+    args, form, weight = quantized(4096, 4096, torch.float32, True)
+    x = randn(m, 4096, dtype=dtype, seed=3)
+    expected = x.double() @ weight.double().T
+    errors = []
+    for name in ("skinny_sm90", "dense"):
+        kernel(name)
+        errors.append((ops.linear_4bit(x, *args, **form).double() - expected).norm())
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.usefixtures("skinny")
+def test_skinny_takes_any_address() -> None:
+    args, form, _ = quantized(100, 1024, torch.bfloat16, True)
+    x = randn(5, 1024, dtype=torch.bfloat16, seed=4)
+    expected = ops.linear_4bit(x, *args, **form)
+
+    def shifted(value: Tensor) -> Tensor:
+        buffer = torch.empty(value.numel() + 1, dtype=value.dtype, device="cuda")
+        buffer[1:].copy_(value.flatten())
+        return buffer[1:].view(value.shape)
+
+    packed, absmax, shape = args
+    assert_bitwise_equal(ops.linear_4bit(shifted(x), packed, absmax, shape, **form), expected)
+    assert_bitwise_equal(ops.linear_4bit(x, shifted(packed), absmax, shape, **form), expected)
+    assert_bitwise_equal(ops.linear_4bit(x, packed, shifted(absmax), shape, **form), expected)
+
+
+@pytest.mark.usefixtures("skinny")
+def test_skinny_reads_what_the_kernel_before_it_wrote() -> None:
+    """The kernel may be set up early, while the one before it still runs."""
+    args, form, _ = quantized(4096, 4096, torch.bfloat16, True)
+    packed, absmax, shape = args
+    x = randn(1, 4096, dtype=torch.bfloat16, seed=5)
+    expected = ops.linear_4bit(x, *args, **form)
+    target, source = torch.zeros_like(packed), torch.zeros_like(x)
+    for _ in range(20):
+        target.zero_(), source.zero_()
+        ops.linear_4bit(source, target, absmax, shape, **form)
+        target.copy_(packed), source.copy_(x)
+        assert_bitwise_equal(ops.linear_4bit(source, target, absmax, shape, **form), expected)
+
+
 def test_no_tf32_in_float32(kernel) -> None:
     args, form, weight = quantized(512, 1024, torch.float32, False)
     x = randn(64, 1024, dtype=torch.float32, seed=1)
@@ -117,13 +211,18 @@ def test_repeated_calls_are_bitwise_equal(kernel) -> None:
 def test_explain_names_the_kernel_and_the_reasons_of_those_before_it(kernel) -> None:
     torch.cuda.init()
     weight = c_library.describe_weight(4096, 1024)
-    text = c_library.explain(weight, 4, torch.bfloat16)
-    assert text.startswith("linear_4bit m=4 n=4096 k=1024 bfloat16 nf4 block 64 on device 0 (sm_")
-    assert text.splitlines()[0].endswith(": dense")
+    text = c_library.explain(weight, 40, torch.bfloat16)
+    assert text.startswith("linear_4bit m=40 n=4096 k=1024 bfloat16 nf4 block 64 on device 0 (sm_")
+    first, *reasons = text.splitlines()
+    assert first.endswith(": dense")
+    assert len(reasons) == 1 and reasons[0].startswith("skinny_sm90: ")
+    if torch.cuda.get_device_capability() >= (9, 0):
+        assert reasons == ["skinny_sm90: m: expected 1 to 16"]
+        assert c_library.explain(weight, 16, torch.bfloat16).endswith(": skinny_sm90")
     kernel("naive")
     first, *reasons = c_library.explain(weight, 4, torch.bfloat16).splitlines()
     assert first.endswith(": naive")
-    assert reasons == ["dense: QLORA_LINEAR_KERNEL asks for naive"]
+    assert reasons == [f"{name}: QLORA_LINEAR_KERNEL asks for naive" for name in ("skinny_sm90", "dense")]
     assert c_library.explain(weight, 4, torch.bfloat16, size=8) == "linear_"
 
 
@@ -142,7 +241,9 @@ def test_workspace_holds_a_chunk_and_cublas(kernel) -> None:
 def test_unknown_kernel_is_an_error_with_the_names(kernel) -> None:
     kernel("fastest")
     args, form, _ = quantized(64, 64, torch.bfloat16, False)
-    with pytest.raises(RuntimeError, match="QLORA_LINEAR_KERNEL: expected one of dense, naive, got fastest"):
+    with pytest.raises(
+        RuntimeError, match="QLORA_LINEAR_KERNEL: expected one of skinny_sm90, dense, naive, got fastest"
+    ):
         ops.linear_4bit(randn(2, 64, dtype=torch.bfloat16, seed=0), *args, **form)
 
 

@@ -167,8 +167,9 @@ QLORA_API qlora_status qlora_dequantize_absmax_cuda(const uint8_t* codes, int64_
                                                     int32_t device, qlora_stream stream);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Linear: y = x W^T + bias, and its input gradient dx = dy W. W is the dequantised weight rounded to `dtype` on CUDA
-// and kept in fp32 on CPU; sums, with the bias among them, are fp32, rounded once to `dtype`.
+// Linear: y = x W^T + bias, and its input gradient dx = dy W. Sums, with the bias among them, are fp32, rounded once
+// to `dtype`. W is the dequantised weight: in fp32 on CPU; on CUDA rounded to `dtype`, or, in kernels for few rows, the
+// code values rounded to `dtype` (relative error at most that of the rounded weight) and the scales applied in fp32.
 
 /// \param[in]  x     [m, cols] of `dtype`, contiguous.
 /// \param[in]  bias  [rows] of `dtype`, or null.

@@ -1,0 +1,533 @@
+// y = x W^T + bias for 1 to 16 rows of x: the weight is read once from HBM, in the order in which it lies there.
+//
+// The weight is the 16-row operand of mma.m16n8k16 and x the 8-column one, so few rows of x waste little. A sum of
+// products has no order, so the k slots of the operands are dealt such that memory needs no rearrangement: within a
+// block of 64 columns lane i of a quad owns columns 16i..16i+15, which are 8 consecutive bytes of W and 32 of x, and
+// slots 2i, 2i+1, 2i+8, 2i+9 of product j are its columns 16i+4j..16i+4j+3.
+//
+//   grid     clusters of `split` blocks, one block a multiprocessor. A cluster owns consecutive tiles of 16 rows of W,
+//   a
+//            block of it a range of k, a warp of it kChunks chunks of 256 columns.
+//   x        the columns that a warp owns stay in its registers from beginning to end
+//   W        each warp copies its own 16 x 256 pieces, with their scales, through a ring of kStages in shared memory
+//   decode   a packed byte to two values through PairTable, unscaled; the products of a block of 64 are summed in fp32
+//            from zero and then multiplied with the block's scale: 4 FFMA instead of 32 multiplications of weights
+//   sums     warps: through shared memory; blocks of a cluster: through distributed shared memory; in a fixed order
+//
+// Rounding: the table's entries (0.08 % rms for NF4 in bf16, where a weight rounded to bf16 has 0.17 %), fp32 sums, y.
+//
+// Best for 1 to 16 rows. The constants are from sweeps on an H100 (2026-11-24) over 14336 x 4096, 4096 x 14336 and
+// 4096 x 4096: 3 stages of 3 to 5, 16 warps of 8 and 16, a prefetch of 1 tile of 0 to 8.
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "core/status.h"
+#include "cuda/device/copy_async.cuh"
+#include "cuda/device/mma.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/pair_table.cuh"
+#include "cuda/dispatch.h"
+#include "cuda/gemm/gemm.h"
+#include "cuda/launch.h"
+#include "cuda/weight_arguments.h"
+
+namespace qlora {
+namespace {
+
+constexpr int kWarps = 16;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kStages = 3;
+constexpr int kTileRows = 16;    // of W: those of one mma
+constexpr int kBlockSize = 64;   // columns that share a scale
+constexpr int kChunkBlocks = 4;  // of a warp's piece: 128 bytes of a row, a line of memory
+constexpr int kChunkCols = kChunkBlocks * kBlockSize;
+constexpr int kChunkBytes = kChunkCols / 2;
+constexpr int kPrefetchTiles = 1;  // into L2, ahead of the ring; 2 is as good, more is worse
+constexpr int kMaxSplit = 8;       // blocks in a portable cluster
+constexpr int kMaxTokens = 16;
+constexpr int kPaddedRows = kTileRows + 4;  // floats between tokens of a partial sum: no bank conflicts
+constexpr int kTilesPerExchange = 8;        // tiles whose sums a cluster exchanges at once
+
+constexpr int64_t kTableAlignment = PairTable<__half>::kBytes;
+
+// Of a stage: 16 rows of 4 blocks.
+union StageScales {
+  float absmax[kTileRows][kChunkBlocks];
+  struct {
+    unsigned char codes[kTileRows][kChunkBlocks];
+    float absmax[kTileRows];
+  } nested;
+};
+
+// Shared memory: this, the pair table at the first multiple of 64 KiB, the ring of the weight behind it.
+template <int kTokens>
+struct Shared {
+  float nested_code[256];
+  StageScales scales[kWarps][kStages];
+  float partial[2][kWarps][kTokens][kPaddedRows];         // sums of the warps, of this tile and of the one before
+  float exchange[kTilesPerExchange][kTokens][kTileRows];  // sums of this block, for the cluster
+};
+constexpr int64_t kReservedBytes = 1024;  // that CUDA puts before a block's shared memory
+static_assert(sizeof(Shared<kMaxTokens>) + kReservedBytes <= kTableAlignment);
+
+using StageWeight = unsigned char[kTileRows * kChunkBytes];  // 16-byte pieces, permuted in a row: see piece_offset
+constexpr int kSharedBytes = 2 * kTableAlignment + kWarps * kStages * static_cast<int>(sizeof(StageWeight));
+
+struct Arguments {
+  const uint8_t* packed;
+  Scales scales;
+  Format format;
+  const void* x;
+  const void* bias;
+  void* y;
+  int m;
+  int n;
+  int k;
+  bool is_weight_aligned;  // packed to 16 bytes, scales to 4
+  bool is_x_aligned;       // to 16 bytes
+};
+
+// Where the 16-byte piece of a row lies in its 128 bytes of a stage: pairs of pieces (a block of 64) are exchanged by
+// row, so that the 8-byte reads of 4 rows, one block each, fall into different banks.
+__device__ __forceinline__ int piece_offset(int row, int piece) { return (piece / 2 ^ row % 4) * 32 + piece % 2 * 16; }
+
+__device__ __forceinline__ uint4 load_bytes(const uint8_t* address) {
+  uint32_t words[4] = {};
+  for (int i = 0; i < 16; ++i) words[i / 4] |= static_cast<uint32_t>(address[i]) << i % 4 * 8;
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// The pieces of W that a warp works on, one a step, copied in their order: kChunks of a tile, then those of the next.
+template <int kChunks, bool kIsNested>
+class Fetcher {
+ public:
+  // The warp's chunks are first_chunk, first_chunk + kWarps.. below chunk_end, of the tiles from `tile` to tile_end.
+  __device__ __forceinline__ Fetcher(const Arguments& arguments, int tile, int tile_end, int first_chunk, int chunk_end)
+      : arguments_(arguments),
+        tile_(tile),
+        tile_end_(tile_end),
+        whole_tile_end_(arguments.is_weight_aligned ? min(tile_end, arguments.n / kTileRows) : 0),
+        first_chunk_(first_chunk),
+        chunk_end_(chunk_end),
+        weight_(arguments.packed + int64_t{tile * kTileRows + lane() / 8} * (arguments.k / 2) +
+                first_chunk * kChunkBytes + lane() % 8 * 16),
+        scale_(int64_t{tile * kTileRows + lane() % kTileRows} * num_blocks() + first_chunk * kChunkBlocks) {}
+
+  // Issues the copies of the next step, if there is one; `chunk` is its place among the warp's chunks.
+  __device__ __forceinline__ void next(int chunk, unsigned char* weight, StageScales& scales) {
+    if (tile_ < tile_end_ && first_chunk_ + chunk * kWarps < chunk_end_) {
+      if (tile_ < whole_tile_end_) {
+        copy(chunk, weight, scales);
+      } else {
+        copy_plainly(arguments_, tile_, first_chunk_ + chunk * kWarps, weight, scales);
+      }
+    }
+    commit_copies();  // An empty commit too: the wait counts them.
+    if (chunk == kChunks - 1) {
+      ++tile_;
+      weight_ += int64_t{kTileRows / 2} * arguments_.k;
+      scale_ += kTileRows * num_blocks();
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+  __device__ __forceinline__ int num_blocks() const { return arguments_.k / kBlockSize; }
+
+  __device__ __forceinline__ void copy(int chunk, unsigned char* weight, StageScales& scales) const {
+    const uint8_t* const source = weight_ + chunk * kWarps * kChunkBytes;
+#pragma unroll
+    for (int i = 0; i < kTileRows / 4; ++i) {  // Rows lane / 8 + 4 i: all have the same remainder of 4.
+      copy_16_bytes_async(
+          weight + i * 4 * kChunkBytes + lane() / 8 * kChunkBytes + piece_offset(lane() / 8, lane() % 8),
+          source + int64_t{i} * 2 * arguments_.k);
+    }
+    const int row = lane() % kTileRows;
+    const int64_t scale = scale_ + chunk * kWarps * kChunkBlocks;
+    if constexpr (kIsNested) {
+      const void* const codes = arguments_.scales.codes + scale;
+      const void* const nested = arguments_.scales.nested_absmax + scale / kNestedBlockSize;
+      const bool is_codes = lane() < kTileRows;
+      copy_4_bytes_async(is_codes ? static_cast<void*>(scales.nested.codes[row]) : &scales.nested.absmax[row],
+                         is_codes ? codes : nested);
+    } else {
+      const int first = lane() / kTileRows * 2;
+      copy_4_bytes_async(&scales.absmax[row][first], arguments_.scales.absmax + scale + first);
+      copy_4_bytes_async(&scales.absmax[row][first + 1], arguments_.scales.absmax + scale + first + 1);
+    }
+  }
+
+  // The same for rows behind the last, which repeat it, and for addresses that no asynchronous copy takes.
+  static __device__ __noinline__ void copy_plainly(const Arguments& arguments, int tile, int chunk,
+                                                   unsigned char* weight, StageScales& scales) {
+    for (int i = 0; i < kTileRows / 4; ++i) {
+      const int row = i * 4 + lane() / 8;
+      const int64_t source_row = min(tile * kTileRows + row, arguments.n - 1);
+      *reinterpret_cast<uint4*>(weight + row * kChunkBytes + piece_offset(row, lane() % 8)) =
+          load_bytes(arguments.packed + source_row * (arguments.k / 2) + chunk * kChunkBytes + lane() % 8 * 16);
+    }
+    if (lane() >= kTileRows) return;
+    const int64_t source_row = min(tile * kTileRows + lane(), arguments.n - 1);
+    const int64_t scale = source_row * (arguments.k / kBlockSize) + chunk * kChunkBlocks;
+    for (int i = 0; i < kChunkBlocks; ++i) {
+      if constexpr (kIsNested) {
+        scales.nested.codes[lane()][i] = arguments.scales.codes[scale + i];
+      } else {
+        scales.absmax[lane()][i] = arguments.scales.absmax[scale + i];
+      }
+    }
+    if constexpr (kIsNested) {
+      scales.nested.absmax[lane()] = arguments.scales.nested_absmax[scale / kNestedBlockSize];
+    }
+  }
+
+  const Arguments& arguments_;
+  int tile_;
+  int tile_end_;
+  int whole_tile_end_;  // behind it, copy_plainly
+  int first_chunk_;
+  int chunk_end_;
+  const uint8_t* weight_;  // this lane's piece of the tile's first rows and the first chunk
+  int64_t scale_;          // index of this lane's row's first scale there
+};
+
+// The columns of x that this lane multiplies: of block b, its 16, for token group + 8 q; 0 behind the last token.
+template <int kTokens>
+struct Fragments {
+  uint32_t words[kChunkBlocks][kTokens / 8][8];
+};
+
+template <int kTokens>
+__device__ __forceinline__ void load_x(const Arguments& arguments, int block, Fragments<kTokens>& x) {
+  const int group = threadIdx.x % 32 / 4;
+  const int i = threadIdx.x % 4;
+#pragma unroll
+  for (int q = 0; q < kTokens / 8; ++q) {
+    const int token = q * 8 + group;
+    const uint8_t* const row = static_cast<const uint8_t*>(arguments.x) + int64_t{token} * arguments.k * 2;
+#pragma unroll
+    for (int b = 0; b < kChunkBlocks; ++b) {
+      const uint8_t* const source = row + ((block + b) * kBlockSize + i * 16) * 2;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (token < arguments.m) {
+          v = arguments.is_x_aligned ? *reinterpret_cast<const uint4*>(source + half * 16)
+                                     : load_bytes(source + half * 16);
+        }
+        uint32_t* const words = x.words[b][q] + half * 4;
+        words[0] = v.x;
+        words[1] = v.y;
+        words[2] = v.z;
+        words[3] = v.w;
+      }
+    }
+  }
+}
+
+// sums += a stage's 16 x 256 piece of W times x.
+template <typename T, int kTokens, bool kIsNested>
+__device__ __forceinline__ void multiply_stage(const unsigned char* weight, const StageScales& stage,
+                                               const PairTable<T>& table, const float* nested_code, float nested_offset,
+                                               float table_scale_inverse, const Fragments<kTokens>& x,
+                                               float (&sums)[kTokens / 8][4]) {
+  const int lane = threadIdx.x % 32;
+  const int group = lane / 4;
+  const int i = lane % 4;
+  // Lane i of a quad decodes the scales of block i, for its two rows; the others get them by shuffles.
+  float scales[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = group + 8 * h;
+    float scale;
+    if constexpr (kIsNested) {
+      scale = __fadd_rn(__fmul_rn(nested_code[stage.nested.codes[row][i]], stage.nested.absmax[row]), nested_offset);
+    } else {
+      scale = stage.absmax[row][i];
+    }
+    scales[h] = scale * table_scale_inverse;
+  }
+#pragma unroll
+  for (int b = 0; b < kChunkBlocks; ++b) {
+    const unsigned char* const source = weight + group * kChunkBytes + (b ^ group % 4) * 32 + i * 8;
+    const uint2 low = *reinterpret_cast<const uint2*>(source);
+    const uint2 high = *reinterpret_cast<const uint2*>(source + 8 * kChunkBytes);
+    const float scale_low = __shfl_sync(0xFFFFFFFFu, scales[0], b, 4);
+    const float scale_high = __shfl_sync(0xFFFFFFFFu, scales[1], b, 4);
+    const uint32_t a[4][4] = {{table.template pair<0>(low.x), table.template pair<0>(high.x),
+                               table.template pair<1>(low.x), table.template pair<1>(high.x)},
+                              {table.template pair<2>(low.x), table.template pair<2>(high.x),
+                               table.template pair<3>(low.x), table.template pair<3>(high.x)},
+                              {table.template pair<0>(low.y), table.template pair<0>(high.y),
+                               table.template pair<1>(low.y), table.template pair<1>(high.y)},
+                              {table.template pair<2>(low.y), table.template pair<2>(high.y),
+                               table.template pair<3>(low.y), table.template pair<3>(high.y)}};
+#pragma unroll
+    for (int q = 0; q < kTokens / 8; ++q) {
+      float products[4] = {};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) multiply_add<T>(products, a[j], x.words[b][q][2 * j], x.words[b][q][2 * j + 1]);
+      sums[q][0] = fmaf(scale_low, products[0], sums[q][0]);
+      sums[q][1] = fmaf(scale_low, products[1], sums[q][1]);
+      sums[q][2] = fmaf(scale_high, products[2], sums[q][2]);
+      sums[q][3] = fmaf(scale_high, products[3], sums[q][3]);
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store_output(const Arguments& arguments, int token, int row, float sum) {
+  if (row >= arguments.n || token >= arguments.m) return;
+  if (arguments.bias != nullptr) sum += to_float(static_cast<const T*>(arguments.bias)[row]);
+  static_cast<T*>(arguments.y)[int64_t{token} * arguments.n + row] = from_float<T>(sum);
+}
+
+template <typename T, int kTokens, int kChunks, bool kIsNested>
+__global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_constant__ Arguments arguments, int split) {
+#if __CUDA_ARCH__ >= 900
+  namespace cg = cooperative_groups;
+  extern __shared__ __align__(128) unsigned char shared_bytes[];
+  Shared<kTokens>& shared = *reinterpret_cast<Shared<kTokens>*>(shared_bytes);
+  unsigned char* const table_bytes = shared_bytes + (kTableAlignment - shared_address(shared_bytes) % kTableAlignment);
+  const cg::cluster_group cluster = cg::this_cluster();
+  const int warp = threadIdx.x / 32;
+  const int group = threadIdx.x % 32 / 4;
+  const int i = threadIdx.x % 4;
+  StageWeight* const ring = reinterpret_cast<StageWeight*>(table_bytes + kTableAlignment) + warp * kStages;
+
+  const int rank = blockIdx.x % split;
+  const int cluster_index = blockIdx.x / split;
+  const int num_clusters = gridDim.x / split;
+  const int num_tiles = (arguments.n + kTileRows - 1) / kTileRows;
+  const int tile_begin = static_cast<int>(int64_t{num_tiles} * cluster_index / num_clusters);
+  const int tile_end = static_cast<int>(int64_t{num_tiles} * (cluster_index + 1) / num_clusters);
+  const int num_chunks = arguments.k / kChunkCols;
+  const int chunk_begin = num_chunks * rank / split;
+  const int chunk_end = num_chunks * (rank + 1) / split;
+
+  const int first_chunk = chunk_begin + warp;
+  Fetcher<kChunks, kIsNested> fetcher(arguments, tile_begin, tile_end, first_chunk, chunk_end);
+  // A tile's rows into L2, far ahead of the copies: more bytes are under way than the ring holds. It is all that may be
+  // done before the kernels before this one in the stream have ended, since they may write the weight.
+  const int prefetch_row = arguments.is_weight_aligned ? static_cast<int>(threadIdx.x) : kTileRows;
+  const auto prefetch = [&](int tile) {
+    const int row = tile * kTileRows + prefetch_row;
+    if (prefetch_row >= kTileRows || tile >= tile_end || row >= arguments.n) return;
+    prefetch_to_l2(arguments.packed + int64_t{row} * (arguments.k / 2) + chunk_begin * kChunkBytes,
+                   (chunk_end - chunk_begin) * kChunkBytes);
+  };
+  for (int tile = tile_begin; tile < tile_begin + kPrefetchTiles; ++tile) prefetch(tile);
+  PairTable<T>::fill(table_bytes, arguments.format, kThreads);
+  cudaGridDependencySynchronize();
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) fetcher.next(step % kChunks, ring[step], shared.scales[warp][step]);
+  float nested_offset = 0.0f;
+  if constexpr (kIsNested) {
+    for (int code = threadIdx.x; code < 256; code += kThreads) {
+      shared.nested_code[code] = arguments.scales.nested_code[code];
+    }
+    nested_offset = *arguments.scales.nested_offset;
+  }
+  Fragments<kTokens> x[kChunks];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int chunk = first_chunk + c * kWarps;
+    if (chunk < chunk_end) load_x<kTokens>(arguments, chunk * kChunkBlocks, x[c]);
+  }
+  __syncthreads();
+  cudaTriggerProgrammaticLaunchCompletion();  // The next kernel may be set up; it waits for this one where it reads.
+
+  const PairTable<T> table(table_bytes);
+  const float table_scale_inverse = 1.0f / PairTable<T>::scale(arguments.format);
+  int stage = 0;
+  for (int tile = tile_begin; tile < tile_end; ++tile) {
+    prefetch(tile + kPrefetchTiles);
+    float sums[kTokens / 8][4] = {};
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      wait_for_copies<kStages - 2>();
+      __syncwarp();  // The stage is there for all lanes, and the one before is read by all.
+      const int free_stage = stage == 0 ? kStages - 1 : stage - 1;
+      fetcher.next((c + kStages - 1) % kChunks, ring[free_stage], shared.scales[warp][free_stage]);
+      if (first_chunk + c * kWarps < chunk_end) {
+        multiply_stage<T, kTokens, kIsNested>(ring[stage], shared.scales[warp][stage], table, shared.nested_code,
+                                              nested_offset, table_scale_inverse, x[c], sums);
+      }
+      stage = stage == kStages - 1 ? 0 : stage + 1;
+    }
+    // Two buffers: a warp that is a tile ahead writes the other one, and waits at the barrier before it is two ahead.
+    auto& partial = shared.partial[(tile - tile_begin) % 2];
+#pragma unroll
+    for (int q = 0; q < kTokens / 8; ++q) {
+      float (&tokens)[kTokens][kPaddedRows] = partial[warp];
+      tokens[q * 8 + 2 * i][group] = sums[q][0];
+      tokens[q * 8 + 2 * i + 1][group] = sums[q][1];
+      tokens[q * 8 + 2 * i][group + 8] = sums[q][2];
+      tokens[q * 8 + 2 * i + 1][group + 8] = sums[q][3];
+    }
+    __syncthreads();
+    const int slot = (tile - tile_begin) % kTilesPerExchange;
+    if (static_cast<int>(threadIdx.x) < kTileRows * kTokens) {
+      const int row = threadIdx.x % kTileRows;
+      const int token = threadIdx.x / kTileRows;
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += partial[w][token][row];
+      if (split == 1) {
+        store_output<T>(arguments, token, tile * kTileRows + row, sum);
+      } else {
+        shared.exchange[slot][token][row] = sum;
+      }
+    }
+    if (split > 1 && (slot == kTilesPerExchange - 1 || tile == tile_end - 1)) {
+      cluster.sync();
+      const int num_sums = (slot + 1) * kTileRows * kTokens;
+      for (int index = rank * kThreads + threadIdx.x; index < num_sums; index += split * kThreads) {
+        float sum = 0.0f;
+        for (int r = 0; r < split; ++r) sum += cluster.map_shared_rank(&shared.exchange[0][0][0], r)[index];
+        const int row = (tile - slot + index / (kTileRows * kTokens)) * kTileRows + index % kTileRows;
+        store_output<T>(arguments, index / kTileRows % kTokens, row, sum);
+      }
+      cluster.sync();
+    }
+  }
+#endif
+}
+
+using Kernel = void (*)(Arguments, int);
+
+struct Plan {
+  int tokens;  // rows of x, rounded up to those of an mma
+  int chunks;  // that a warp owns
+  int split;   // blocks in a cluster
+};
+
+int max_chunks(int tokens) { return tokens == 8 ? 2 : 1; }  // what registers hold of x
+
+int tokens_of(const Gemm& problem) { return problem.m <= 8 ? 8 : kMaxTokens; }
+
+// The smallest cluster whose warps hold x; larger where the tiles of 16 rows alone leave multiprocessors idle.
+Plan plan_of(const Gemm& problem, const Device& device) {
+  const int tokens = tokens_of(problem);
+  const int64_t num_chunks = problem.weight.cols / kChunkCols;
+  const int64_t num_tiles = ceil_div(problem.weight.rows, kTileRows);
+  int split = 1;
+  while (num_chunks > int64_t{split} * kWarps * max_chunks(tokens)) split *= 2;
+  while (split < kMaxSplit && num_tiles * split * 2 <= device.num_multiprocessors && num_chunks >= 2 * split * 4) {
+    split *= 2;
+  }
+  return {tokens, static_cast<int>(ceil_div(ceil_div(num_chunks, split), kWarps)), split};
+}
+
+template <typename Function>
+void dispatch_plan(const Plan& plan, Function&& f) {
+  if (plan.tokens == kMaxTokens) {
+    f(std::integral_constant<int, kMaxTokens>{}, std::integral_constant<int, 1>{});
+  } else if (plan.chunks == 1) {
+    f(std::integral_constant<int, 8>{}, std::integral_constant<int, 1>{});
+  } else {
+    f(std::integral_constant<int, 8>{}, std::integral_constant<int, 2>{});
+  }
+}
+
+cudaLaunchConfig_t launch_config(int num_clusters, int split, cudaStream_t stream,
+                                 std::array<cudaLaunchAttribute, 2>& attributes) {
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = static_cast<unsigned>(split);
+  attributes[0].val.clusterDim.y = 1;
+  attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(num_clusters * split));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = attributes.data();
+  config.numAttrs = static_cast<unsigned>(attributes.size());
+  return config;
+}
+
+// Clusters that run at once: multiprocessors of a cluster share a part of the GPU, so some are left over. Prepares the
+// kernel for its shared memory at the first call on a device.
+int max_clusters(Kernel kernel, int split, const Device& device) {
+  static std::mutex mutex;
+  static auto* const known = new std::map<std::tuple<int, Kernel, int>, int>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, is_new] = known->try_emplace({device.index, kernel, split}, 0);
+  if (is_new || entry->second == 0) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+               "cudaFuncSetAttribute(skinny_kernel)");
+    std::array<cudaLaunchAttribute, 2> attributes = {};
+    cudaLaunchConfig_t config = launch_config(1, split, nullptr, attributes);
+    config.numAttrs = 1;
+    int count = 0;
+    check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
+    if (count < 1) fail(QLORA_CUDA_ERROR, "skinny: expected room for a cluster of ", split, " blocks, got none");
+    entry->second = count;
+  }
+  return entry->second;
+}
+
+}  // namespace
+
+std::string supports_skinny_sm90(const Gemm& problem, const Device& device) {
+  const qlora_weight_4bit& weight = problem.weight;
+  const int64_t max_cols = int64_t{kMaxSplit} * kWarps * kChunkCols;
+  if (problem.direction != Direction::kForward) return "expected the forward product";
+  if (device.major < 9)
+    return concat("expected compute capability 9.0 or newer, got ", device.major, ".", device.minor);
+  if (device.max_shared_bytes < kSharedBytes) {
+    return concat("expected ", kSharedBytes, " bytes of shared memory, got ", device.max_shared_bytes);
+  }
+  if (problem.dtype == QLORA_FLOAT32) return "expected float16 or bfloat16";
+  if (problem.m < 1 || problem.m > kMaxTokens) return concat("m: expected 1 to ", kMaxTokens);
+  if (weight.block_size != kBlockSize) return concat("block_size: expected ", kBlockSize);
+  if (weight.rows < 1 || weight.rows > INT32_MAX - kTileRows) return "n: expected 1 to 2^31 - 17";
+  if (weight.cols < 1 || weight.cols % kChunkCols != 0 || weight.cols > max_cols) {
+    return concat("k: expected a multiple of ", kChunkCols, " up to ", max_cols);
+  }
+  return "";
+}
+
+void skinny_sm90(const Gemm& problem, const Device& device, cudaStream_t stream) {
+  const Plan plan = plan_of(problem, device);
+  const qlora_weight_4bit& weight = problem.weight;
+  const bool is_nested = weight.absmax_codes != nullptr;
+  Arguments arguments = {};
+  arguments.packed = static_cast<const uint8_t*>(weight.packed);
+  arguments.scales = scales_of(weight);
+  arguments.format = weight.format == QLORA_NF4 ? Format::kNF4 : Format::kFP4;
+  arguments.x = problem.input;
+  arguments.bias = problem.bias;
+  arguments.y = problem.output;
+  arguments.m = static_cast<int>(problem.m);
+  arguments.n = static_cast<int>(weight.rows);
+  arguments.k = static_cast<int>(weight.cols);
+  arguments.is_weight_aligned = is_aligned(weight.packed, 16) && is_aligned(weight.absmax_codes, 4);
+  arguments.is_x_aligned = is_aligned(problem.input, 16);
+  dispatch_dtype(problem.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (!std::is_same_v<T, float>) {
+      dispatch_bool(is_nested, [&](auto nested) {
+        dispatch_plan(plan, [&](auto tokens, auto chunks) {
+          const auto kernel = skinny_kernel<T, tokens(), chunks(), nested()>;
+          const int64_t num_tiles = ceil_div(weight.rows, kTileRows);
+          const int most = max_clusters(kernel, plan.split, device);
+          std::array<cudaLaunchAttribute, 2> attributes = {};
+          const cudaLaunchConfig_t config =
+              launch_config(static_cast<int>(std::min<int64_t>(most, num_tiles)), plan.split, stream, attributes);
+          check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, plan.split), "skinny_kernel");
+        });
+      });
+    }
+  });
+}
+
+}  // namespace qlora
