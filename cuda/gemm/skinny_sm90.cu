@@ -5,7 +5,7 @@
 // block of 64 columns lane i of a quad owns columns 16i..16i+15, which are 8 consecutive bytes of W and 32 of x, and
 // slots 2i, 2i+1, 2i+8, 2i+9 of product j are its columns 16i+4j..16i+4j+3.
 //
-//   grid     clusters of `split` blocks, one block a multiprocessor. A cluster owns consecutive tiles of 16 rows of W,
+//   grid     clusters of `split` blocks, one block a multiprocessor. Clusters take turns at the tiles of 16 rows of W,
 //   a
 //            block of it a range of k, a warp of it kChunks chunks of 256 columns.
 //   x        the columns that a warp owns stay in its registers from beginning to end
@@ -107,12 +107,14 @@ __device__ __forceinline__ uint4 load_bytes(const uint8_t* address) {
 template <int kChunks, bool kIsNested>
 class Fetcher {
  public:
-  // The warp's chunks are first_chunk, first_chunk + kWarps.. below chunk_end, of the tiles from `tile` to tile_end.
-  __device__ __forceinline__ Fetcher(const Arguments& arguments, int tile, int tile_end, int first_chunk, int chunk_end)
+  // The warp's chunks are first_chunk, first_chunk + kWarps.. below chunk_end, of every tile_step-th tile from `tile`
+  // on.
+  __device__ __forceinline__ Fetcher(const Arguments& arguments, int tile, int tile_step, int first_chunk,
+                                     int chunk_end)
       : arguments_(arguments),
         tile_(tile),
-        tile_end_(tile_end),
-        whole_tile_end_(arguments.is_weight_aligned ? min(tile_end, arguments.n / kTileRows) : 0),
+        tile_step_(tile_step),
+        whole_tile_end_(arguments.is_weight_aligned ? arguments.n / kTileRows : 0),
         first_chunk_(first_chunk),
         chunk_end_(chunk_end),
         weight_(arguments.packed + int64_t{tile * kTileRows + lane() / 8} * (arguments.k / 2) +
@@ -121,7 +123,7 @@ class Fetcher {
 
   // Issues the copies of the next step, if there is one; `chunk` is its place among the warp's chunks.
   __device__ __forceinline__ void next(int chunk, unsigned char* weight, StageScales& scales) {
-    if (tile_ < tile_end_ && first_chunk_ + chunk * kWarps < chunk_end_) {
+    if (tile_ * kTileRows < arguments_.n && first_chunk_ + chunk * kWarps < chunk_end_) {
       if (tile_ < whole_tile_end_) {
         copy(chunk, weight, scales);
       } else {
@@ -130,9 +132,9 @@ class Fetcher {
     }
     commit_copies();  // An empty commit too: the wait counts them.
     if (chunk == kChunks - 1) {
-      ++tile_;
-      weight_ += int64_t{kTileRows / 2} * arguments_.k;
-      scale_ += kTileRows * num_blocks();
+      tile_ += tile_step_;
+      weight_ += int64_t{tile_step_} * (kTileRows / 2) * arguments_.k;
+      scale_ += int64_t{tile_step_} * kTileRows * num_blocks();
     }
   }
 
@@ -189,7 +191,7 @@ class Fetcher {
 
   const Arguments& arguments_;
   int tile_;
-  int tile_end_;
+  int tile_step_;
   int whole_tile_end_;  // behind it, copy_plainly
   int first_chunk_;
   int chunk_end_;
@@ -305,24 +307,25 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
   const int cluster_index = blockIdx.x / split;
   const int num_clusters = gridDim.x / split;
   const int num_tiles = (arguments.n + kTileRows - 1) / kTileRows;
-  const int tile_begin = static_cast<int>(int64_t{num_tiles} * cluster_index / num_clusters);
-  const int tile_end = static_cast<int>(int64_t{num_tiles} * (cluster_index + 1) / num_clusters);
+  // All clusters work on neighbouring tiles at any time: streams far apart cost HBM a page each.
+  const int num_turns = (num_tiles - cluster_index + num_clusters - 1) / num_clusters;
+  const auto tile_of = [&](int turn) { return cluster_index + turn * num_clusters; };
   const int num_chunks = arguments.k / kChunkCols;
   const int chunk_begin = num_chunks * rank / split;
   const int chunk_end = num_chunks * (rank + 1) / split;
 
   const int first_chunk = chunk_begin + warp;
-  Fetcher<kChunks, kIsNested> fetcher(arguments, tile_begin, tile_end, first_chunk, chunk_end);
+  Fetcher<kChunks, kIsNested> fetcher(arguments, cluster_index, num_clusters, first_chunk, chunk_end);
   // A tile's rows into L2, far ahead of the copies: more bytes are under way than the ring holds. It is all that may be
   // done before the kernels before this one in the stream have ended, since they may write the weight.
   const int prefetch_row = arguments.is_weight_aligned ? static_cast<int>(threadIdx.x) : kTileRows;
-  const auto prefetch = [&](int tile) {
-    const int row = tile * kTileRows + prefetch_row;
-    if (prefetch_row >= kTileRows || tile >= tile_end || row >= arguments.n) return;
+  const auto prefetch = [&](int turn) {
+    const int row = tile_of(turn) * kTileRows + prefetch_row;
+    if (prefetch_row >= kTileRows || row >= arguments.n) return;
     prefetch_to_l2(arguments.packed + int64_t{row} * (arguments.k / 2) + chunk_begin * kChunkBytes,
                    (chunk_end - chunk_begin) * kChunkBytes);
   };
-  for (int tile = tile_begin; tile < tile_begin + kPrefetchTiles; ++tile) prefetch(tile);
+  for (int turn = 0; turn < kPrefetchTiles; ++turn) prefetch(turn);
   PairTable<T>::fill(table_bytes, arguments.format, kThreads);
   cudaGridDependencySynchronize();
 #pragma unroll
@@ -346,8 +349,8 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
   const PairTable<T> table(table_bytes);
   const float table_scale_inverse = 1.0f / PairTable<T>::scale(arguments.format);
   int stage = 0;
-  for (int tile = tile_begin; tile < tile_end; ++tile) {
-    prefetch(tile + kPrefetchTiles);
+  for (int turn = 0; turn < num_turns; ++turn) {
+    prefetch(turn + kPrefetchTiles);
     float sums[kTokens / 8][4] = {};
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -362,7 +365,7 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
     // Two buffers: a warp that is a tile ahead writes the other one, and waits at the barrier before it is two ahead.
-    auto& partial = shared.partial[(tile - tile_begin) % 2];
+    auto& partial = shared.partial[turn % 2];
 #pragma unroll
     for (int q = 0; q < kTokens / 8; ++q) {
       float (&tokens)[kTokens][kPaddedRows] = partial[warp];
@@ -372,7 +375,7 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
       tokens[q * 8 + 2 * i + 1][group + 8] = sums[q][3];
     }
     __syncthreads();
-    const int slot = (tile - tile_begin) % kTilesPerExchange;
+    const int slot = turn % kTilesPerExchange;
     if (static_cast<int>(threadIdx.x) < kTileRows * kTokens) {
       const int row = threadIdx.x % kTileRows;
       const int token = threadIdx.x / kTileRows;
@@ -380,18 +383,18 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += partial[w][token][row];
       if (split == 1) {
-        store_output<T>(arguments, token, tile * kTileRows + row, sum);
+        store_output<T>(arguments, token, tile_of(turn) * kTileRows + row, sum);
       } else {
         shared.exchange[slot][token][row] = sum;
       }
     }
-    if (split > 1 && (slot == kTilesPerExchange - 1 || tile == tile_end - 1)) {
+    if (split > 1 && (slot == kTilesPerExchange - 1 || turn == num_turns - 1)) {
       cluster.sync();
       const int num_sums = (slot + 1) * kTileRows * kTokens;
       for (int index = rank * kThreads + threadIdx.x; index < num_sums; index += split * kThreads) {
         float sum = 0.0f;
         for (int r = 0; r < split; ++r) sum += cluster.map_shared_rank(&shared.exchange[0][0][0], r)[index];
-        const int row = (tile - slot + index / (kTileRows * kTokens)) * kTileRows + index % kTileRows;
+        const int row = tile_of(turn - slot + index / (kTileRows * kTokens)) * kTileRows + index % kTileRows;
         store_output<T>(arguments, index / kTileRows % kTokens, row, sum);
       }
       cluster.sync();
