@@ -15,8 +15,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/format.h"
 #include "cuda/device/copy_async.cuh"
-#include "cuda/device/decode.cuh"
 #include "cuda/device/numeric.cuh"
 
 namespace qlora {
@@ -32,16 +32,29 @@ class PairTable {
     return std::is_same_v<T, __nv_bfloat16> ? 1.436725f : 1.0f;
   }
 
-  // Every warp of the block must call it, before a barrier.
-  static __device__ __forceinline__ void fill(unsigned char* table, Format format, int num_threads) {
+  // The value of each code times the factor, as fill takes it.
+  struct Values {
+    float of_code[kNumCodes];
+  };
+  static Values values(Format format) {
+    Values values;
+    for (int code = 0; code < kNumCodes; ++code) {
+      values.of_code[code] = (format == Format::kNF4 ? kNF4Codes[code] : kFP4Codes[code]) * scale(format);
+    }
+    return values;
+  }
+
+  // Every warp of the block must call it, before a barrier. `values` in constant memory, so that nothing is waited for.
+  template <int kThreads>
+  static __device__ __forceinline__ void fill(unsigned char* table, const Values& values) {
     const int lane = threadIdx.x % 32;
-    const float value = (format == Format::kNF4 ? code_value<Format::kNF4>(lane % kNumCodes)
-                                                : code_value<Format::kFP4>(lane % kNumCodes)) *
-                        scale(format);
-    for (int entry = threadIdx.x / 32; entry < 256; entry += num_threads / 32) {
-      const float values[2] = {__shfl_sync(0xFFFFFFFFu, value, entry / kNumCodes),
-                               __shfl_sync(0xFFFFFFFFu, value, entry % kNumCodes)};
-      reinterpret_cast<uint32_t*>(table + entry * 256)[lane] = Word<T>::pack(values);
+    const float value = values.of_code[lane % kNumCodes];
+#pragma unroll
+    for (int i = 0; i < 256; i += kThreads / 32) {
+      const int entry = i + threadIdx.x / 32;
+      const float pair[2] = {__shfl_sync(0xFFFFFFFFu, value, entry / kNumCodes),
+                             __shfl_sync(0xFFFFFFFFu, value, entry % kNumCodes)};
+      reinterpret_cast<uint32_t*>(table + entry * 256)[lane] = Word<T>::pack(pair);
     }
   }
 

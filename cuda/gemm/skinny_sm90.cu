@@ -48,8 +48,7 @@ constexpr int kBlockSize = 64;   // columns that share a scale
 constexpr int kChunkBlocks = 4;  // of a warp's piece: 128 bytes of a row, a line of memory
 constexpr int kChunkCols = kChunkBlocks * kBlockSize;
 constexpr int kChunkBytes = kChunkCols / 2;
-constexpr int kPrefetchTiles = 1;  // into L2, ahead of the ring; 2 is as good, more is worse
-constexpr int kMaxSplit = 8;       // blocks in a portable cluster
+constexpr int kMaxSplit = 8;  // blocks in a portable cluster
 constexpr int kMaxTokens = 16;
 constexpr int kPaddedRows = kTileRows + 4;  // floats between tokens of a partial sum: no bank conflicts
 constexpr int kTilesPerExchange = 8;        // tiles whose sums a cluster exchanges at once
@@ -82,7 +81,8 @@ constexpr int kSharedBytes = 2 * kTableAlignment + kWarps * kStages * static_cas
 struct Arguments {
   const uint8_t* packed;
   Scales scales;
-  Format format;
+  float table_scale_inverse;  // of PairTable
+  int log2_split;
   const void* x;
   const void* bias;
   void* y;
@@ -291,7 +291,9 @@ __device__ __forceinline__ void store_output(const Arguments& arguments, int tok
 }
 
 template <typename T, int kTokens, int kChunks, bool kIsNested>
-__global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_constant__ Arguments arguments, int split) {
+__global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_constant__ Arguments arguments,
+                                                             const __grid_constant__
+                                                             typename PairTable<T>::Values values) {
 #if __CUDA_ARCH__ >= 900
   namespace cg = cooperative_groups;
   extern __shared__ __align__(128) unsigned char shared_bytes[];
@@ -303,54 +305,51 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
   const int i = threadIdx.x % 4;
   StageWeight* const ring = reinterpret_cast<StageWeight*>(table_bytes + kTableAlignment) + warp * kStages;
 
-  const int rank = blockIdx.x % split;
-  const int cluster_index = blockIdx.x / split;
-  const int num_clusters = gridDim.x / split;
+  const int split = 1 << arguments.log2_split;
+  const int rank = blockIdx.x & (split - 1);
+  const int cluster_index = blockIdx.x >> arguments.log2_split;
+  const int num_clusters = gridDim.x >> arguments.log2_split;
   const int num_tiles = (arguments.n + kTileRows - 1) / kTileRows;
-  // All clusters work on neighbouring tiles at any time: streams far apart cost HBM a page each.
-  const int num_turns = (num_tiles - cluster_index + num_clusters - 1) / num_clusters;
-  const auto tile_of = [&](int turn) { return cluster_index + turn * num_clusters; };
   const int num_chunks = arguments.k / kChunkCols;
-  const int chunk_begin = num_chunks * rank / split;
-  const int chunk_end = num_chunks * (rank + 1) / split;
+  const int chunk_begin = num_chunks * rank >> arguments.log2_split;
+  const int chunk_end = num_chunks * (rank + 1) >> arguments.log2_split;
 
   const int first_chunk = chunk_begin + warp;
   Fetcher<kChunks, kIsNested> fetcher(arguments, cluster_index, num_clusters, first_chunk, chunk_end);
-  // A tile's rows into L2, far ahead of the copies: more bytes are under way than the ring holds. It is all that may be
+  // The next tile into L2, ahead of the copies: more bytes are under way than the ring holds. It is all that may be
   // done before the kernels before this one in the stream have ended, since they may write the weight.
-  const int prefetch_row = arguments.is_weight_aligned ? static_cast<int>(threadIdx.x) : kTileRows;
-  const auto prefetch = [&](int turn) {
-    const int row = tile_of(turn) * kTileRows + prefetch_row;
-    if (prefetch_row >= kTileRows || row >= arguments.n) return;
+  const auto prefetch = [&](int tile) {
+    if (warp != 0 || !arguments.is_weight_aligned) return;
+    const int row = tile * kTileRows + threadIdx.x;
+    if (threadIdx.x >= kTileRows || row >= arguments.n) return;
     prefetch_to_l2(arguments.packed + int64_t{row} * (arguments.k / 2) + chunk_begin * kChunkBytes,
                    (chunk_end - chunk_begin) * kChunkBytes);
   };
-  for (int turn = 0; turn < kPrefetchTiles; ++turn) prefetch(turn);
-  PairTable<T>::fill(table_bytes, arguments.format, kThreads);
+  prefetch(cluster_index);
+  PairTable<T>::template fill<kThreads>(table_bytes, values);
   cudaGridDependencySynchronize();
+  // All that is read first is asked for before any of it is waited for.
+  if (kIsNested && threadIdx.x < 256) {
+    copy_4_bytes_async(&shared.nested_code[threadIdx.x], arguments.scales.nested_code + threadIdx.x);
+  }
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) fetcher.next(step % kChunks, ring[step], shared.scales[warp][step]);
-  float nested_offset = 0.0f;
-  if constexpr (kIsNested) {
-    for (int code = threadIdx.x; code < 256; code += kThreads) {
-      shared.nested_code[code] = arguments.scales.nested_code[code];
-    }
-    nested_offset = *arguments.scales.nested_offset;
-  }
   Fragments<kTokens> x[kChunks];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const int chunk = first_chunk + c * kWarps;
     if (chunk < chunk_end) load_x<kTokens>(arguments, chunk * kChunkBlocks, x[c]);
   }
+  const float nested_offset = kIsNested ? *arguments.scales.nested_offset : 0.0f;
+  wait_for_copies<kStages - 2>();  // nested_code went with the first
   __syncthreads();
   cudaTriggerProgrammaticLaunchCompletion();  // The next kernel may be set up; it waits for this one where it reads.
 
   const PairTable<T> table(table_bytes);
-  const float table_scale_inverse = 1.0f / PairTable<T>::scale(arguments.format);
   int stage = 0;
-  for (int turn = 0; turn < num_turns; ++turn) {
-    prefetch(turn + kPrefetchTiles);
+  int turn = 0;
+  for (int tile = cluster_index; tile < num_tiles; tile += num_clusters, ++turn) {
+    prefetch(tile + num_clusters);
     float sums[kTokens / 8][4] = {};
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -360,7 +359,7 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
       fetcher.next((c + kStages - 1) % kChunks, ring[free_stage], shared.scales[warp][free_stage]);
       if (first_chunk + c * kWarps < chunk_end) {
         multiply_stage<T, kTokens, kIsNested>(ring[stage], shared.scales[warp][stage], table, shared.nested_code,
-                                              nested_offset, table_scale_inverse, x[c], sums);
+                                              nested_offset, arguments.table_scale_inverse, x[c], sums);
       }
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
@@ -383,18 +382,19 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += partial[w][token][row];
       if (split == 1) {
-        store_output<T>(arguments, token, tile_of(turn) * kTileRows + row, sum);
+        store_output<T>(arguments, token, tile * kTileRows + row, sum);
       } else {
         shared.exchange[slot][token][row] = sum;
       }
     }
-    if (split > 1 && (slot == kTilesPerExchange - 1 || turn == num_turns - 1)) {
+    if (split > 1 && (slot == kTilesPerExchange - 1 || tile + num_clusters >= num_tiles)) {
       cluster.sync();
       const int num_sums = (slot + 1) * kTileRows * kTokens;
       for (int index = rank * kThreads + threadIdx.x; index < num_sums; index += split * kThreads) {
         float sum = 0.0f;
         for (int r = 0; r < split; ++r) sum += cluster.map_shared_rank(&shared.exchange[0][0][0], r)[index];
-        const int row = tile_of(turn - slot + index / (kTileRows * kTokens)) * kTileRows + index % kTileRows;
+        const int turns_ago = slot - index / (kTileRows * kTokens);
+        const int row = (tile - turns_ago * num_clusters) * kTileRows + index % kTileRows;
         store_output<T>(arguments, index / kTileRows % kTokens, row, sum);
       }
       cluster.sync();
@@ -402,8 +402,6 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
   }
 #endif
 }
-
-using Kernel = void (*)(Arguments, int);
 
 struct Plan {
   int tokens;  // rows of x, rounded up to those of an mma
@@ -459,9 +457,9 @@ cudaLaunchConfig_t launch_config(int num_clusters, int split, cudaStream_t strea
 
 // Clusters that run at once: multiprocessors of a cluster share a part of the GPU, so some are left over. Prepares the
 // kernel for its shared memory at the first call on a device.
-int max_clusters(Kernel kernel, int split, const Device& device) {
+int max_clusters(const void* kernel, int split, const Device& device) {
   static std::mutex mutex;
-  static auto* const known = new std::map<std::tuple<int, Kernel, int>, int>;
+  static auto* const known = new std::map<std::tuple<int, const void*, int>, int>;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto [entry, is_new] = known->try_emplace({device.index, kernel, split}, 0);
   if (is_new || entry->second == 0) {
@@ -506,7 +504,7 @@ void skinny_sm90(const Gemm& problem, const Device& device, cudaStream_t stream)
   Arguments arguments = {};
   arguments.packed = static_cast<const uint8_t*>(weight.packed);
   arguments.scales = scales_of(weight);
-  arguments.format = weight.format == QLORA_NF4 ? Format::kNF4 : Format::kFP4;
+  arguments.log2_split = log2_of(plan.split);
   arguments.x = problem.input;
   arguments.bias = problem.bias;
   arguments.y = problem.output;
@@ -515,18 +513,20 @@ void skinny_sm90(const Gemm& problem, const Device& device, cudaStream_t stream)
   arguments.k = static_cast<int>(weight.cols);
   arguments.is_weight_aligned = is_aligned(weight.packed, 16) && is_aligned(weight.absmax_codes, 4);
   arguments.is_x_aligned = is_aligned(problem.input, 16);
+  const Format format = weight.format == QLORA_NF4 ? Format::kNF4 : Format::kFP4;
   dispatch_dtype(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (!std::is_same_v<T, float>) {
+      arguments.table_scale_inverse = 1.0f / PairTable<T>::scale(format);
       dispatch_bool(is_nested, [&](auto nested) {
         dispatch_plan(plan, [&](auto tokens, auto chunks) {
           const auto kernel = skinny_kernel<T, tokens(), chunks(), nested()>;
           const int64_t num_tiles = ceil_div(weight.rows, kTileRows);
-          const int most = max_clusters(kernel, plan.split, device);
+          const int most = max_clusters(reinterpret_cast<const void*>(kernel), plan.split, device);
           std::array<cudaLaunchAttribute, 2> attributes = {};
           const cudaLaunchConfig_t config =
               launch_config(static_cast<int>(std::min<int64_t>(most, num_tiles)), plan.split, stream, attributes);
-          check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, plan.split), "skinny_kernel");
+          check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, PairTable<T>::values(format)), "skinny_kernel");
         });
       });
     }
