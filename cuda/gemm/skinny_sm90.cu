@@ -5,9 +5,8 @@
 // block of 64 columns lane i of a quad owns columns 16i..16i+15, which are 8 consecutive bytes of W and 32 of x, and
 // slots 2i, 2i+1, 2i+8, 2i+9 of product j are its columns 16i+4j..16i+4j+3.
 //
-//   grid     clusters of `split` blocks, one block a multiprocessor. Clusters take turns at the tiles of 16 rows of W,
-//   a
-//            block of it a range of k, a warp of it kChunks chunks of 256 columns.
+//   grid     clusters of `split` blocks, one block a multiprocessor. Clusters take turns at the tiles of 16 rows of W;
+//            a block of a cluster has a range of k, a warp of it kChunks chunks of 256 columns.
 //   x        the columns that a warp owns stay in its registers from beginning to end
 //   W        each warp copies its own 16 x 256 pieces, with their scales, through a ring of kStages in shared memory
 //   decode   a packed byte to two values through PairTable, unscaled; the products of a block of 64 are summed in fp32
@@ -95,9 +94,11 @@ struct Arguments {
 
 // Where the 16-byte piece of a row lies in its 128 bytes of a stage: pairs of pieces (a block of 64) are exchanged by
 // row, so that the 8-byte reads of 4 rows, one block each, fall into different banks.
-__device__ __forceinline__ int piece_offset(int row, int piece) { return (piece / 2 ^ row % 4) * 32 + piece % 2 * 16; }
+[[maybe_unused]] __device__ __forceinline__ int piece_offset(int row, int piece) {
+  return (piece / 2 ^ row % 4) * 32 + piece % 2 * 16;
+}
 
-__device__ __forceinline__ uint4 load_bytes(const uint8_t* address) {
+[[maybe_unused]] __device__ __forceinline__ uint4 load_bytes(const uint8_t* address) {
   uint32_t words[4] = {};
   for (int i = 0; i < 16; ++i) words[i / 4] |= static_cast<uint32_t>(address[i]) << i % 4 * 8;
   return {words[0], words[1], words[2], words[3]};
