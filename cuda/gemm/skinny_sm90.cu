@@ -401,6 +401,8 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
       cluster.sync();
     }
   }
+#else
+  __trap();  // See is_compiled_for.
 #endif
 }
 
@@ -477,6 +479,20 @@ int max_clusters(const void* kernel, int split, const Device& device) {
   return entry->second;
 }
 
+// Whether the code that `device` runs was compiled for compute capability 9.0 or newer: a library built without it
+// brings PTX of an older one, which the driver compiles for the device.
+bool is_compiled_for(const Device& device) {
+  static std::mutex mutex;
+  static auto* const known = new std::map<int, bool>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto entry = known->find(device.index); entry != known->end()) return entry->second;
+  const DeviceGuard guard(device.index);
+  cudaFuncAttributes attributes = {};
+  check_cuda(cudaFuncGetAttributes(&attributes, skinny_kernel<__nv_bfloat16, 8, 1, true>),
+             "cudaFuncGetAttributes(skinny_kernel)");
+  return (*known)[device.index] = attributes.ptxVersion >= 90;
+}
+
 }  // namespace
 
 std::string supports_skinny_sm90(const Gemm& problem, const Device& device) {
@@ -495,6 +511,7 @@ std::string supports_skinny_sm90(const Gemm& problem, const Device& device) {
   if (weight.cols < 1 || weight.cols % kChunkCols != 0 || weight.cols > max_cols) {
     return concat("k: expected a multiple of ", kChunkCols, " up to ", max_cols);
   }
+  if (!is_compiled_for(device)) return "expected a libqlora built for this GPU's architecture (QLORA_CUDA_ARCHS)";
   return "";
 }
 
