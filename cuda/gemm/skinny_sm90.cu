@@ -22,9 +22,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <map>
 #include <mutex>
-#include <tuple>
+#include <vector>
 
 #include "core/status.h"
 #include "cuda/device/copy_async.cuh"
@@ -461,36 +460,49 @@ cudaLaunchConfig_t launch_config(int num_clusters, int split, cudaStream_t strea
 // Clusters that run at once: multiprocessors of a cluster share a part of the GPU, so some are left over. Prepares the
 // kernel for its shared memory at the first call on a device.
 int max_clusters(const void* kernel, int split, const Device& device) {
+  struct Known {
+    int device;
+    const void* kernel;
+    int split;
+    int count;
+  };
   static std::mutex mutex;
-  static auto* const known = new std::map<std::tuple<int, const void*, int>, int>;
+  static auto* const known = new std::vector<Known>;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, is_new] = known->try_emplace({device.index, kernel, split}, 0);
-  if (is_new || entry->second == 0) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-               "cudaFuncSetAttribute(skinny_kernel)");
-    std::array<cudaLaunchAttribute, 2> attributes = {};
-    cudaLaunchConfig_t config = launch_config(1, split, nullptr, attributes);
-    config.numAttrs = 1;
-    int count = 0;
-    check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
-    if (count < 1) fail(QLORA_CUDA_ERROR, "skinny: expected room for a cluster of ", split, " blocks, got none");
-    entry->second = count;
+  for (const Known& entry : *known) {
+    if (entry.device == device.index && entry.kernel == kernel && entry.split == split) return entry.count;
   }
-  return entry->second;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+             "cudaFuncSetAttribute(skinny_kernel)");
+  std::array<cudaLaunchAttribute, 2> attributes = {};
+  cudaLaunchConfig_t config = launch_config(1, split, nullptr, attributes);
+  config.numAttrs = 1;
+  int count = 0;
+  check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
+  if (count < 1) fail(QLORA_CUDA_ERROR, "skinny: expected room for a cluster of ", split, " blocks, got none");
+  known->push_back({device.index, kernel, split, count});
+  return count;
 }
 
 // Whether the code that `device` runs was compiled for compute capability 9.0 or newer: a library built without it
 // brings PTX of an older one, which the driver compiles for the device.
 bool is_compiled_for(const Device& device) {
+  struct Known {
+    int device;
+    bool is_compiled;
+  };
   static std::mutex mutex;
-  static auto* const known = new std::map<int, bool>;
+  static auto* const known = new std::vector<Known>;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto entry = known->find(device.index); entry != known->end()) return entry->second;
+  for (const Known& entry : *known) {
+    if (entry.device == device.index) return entry.is_compiled;
+  }
   const DeviceGuard guard(device.index);
   cudaFuncAttributes attributes = {};
   check_cuda(cudaFuncGetAttributes(&attributes, skinny_kernel<__nv_bfloat16, 8, 1, true>),
              "cudaFuncGetAttributes(skinny_kernel)");
-  return (*known)[device.index] = attributes.ptxVersion >= 90;
+  known->push_back({device.index, attributes.ptxVersion >= 90});
+  return known->back().is_compiled;
 }
 
 }  // namespace
