@@ -28,13 +28,21 @@ struct Launch {
   qlora_stream stream = nullptr;
 };
 
-// Device memory of torch's caching allocator, whose blocks are 512-byte aligned.
-Tensor workspace_for(const Weight& weight, const Rows& operand, bool is_grad, bool has_bias, int32_t device,
-                     int64_t* size) {
-  throw_on_failure(qlora_linear_4bit_workspace_size(weight.get(), operand.m, operand.dtype, is_grad ? 1 : 0,
-                                                    has_bias ? 1 : 0, device, size));
-  return torch::stable::new_empty(operand.values, {*size}, ScalarType::Byte);
-}
+// Device memory for a linear layer, from torch's caching allocator, whose blocks are 512-byte aligned; none where the
+// kernel needs none.
+struct Workspace {
+  Workspace(const Weight& weight, const Rows& operand, bool is_grad, bool has_bias, int32_t device) {
+    throw_on_failure(qlora_linear_4bit_workspace_size(weight.get(), operand.m, operand.dtype, is_grad ? 1 : 0,
+                                                      has_bias ? 1 : 0, device, &size));
+    if (size == 0) return;
+    kept = torch::stable::new_empty(operand.values, {size}, ScalarType::Byte);
+    data = kept->mutable_data_ptr();
+  }
+
+  int64_t size = 0;
+  std::optional<Tensor> kept;
+  void* data = nullptr;
+};
 
 std::tuple<Tensor, Tensor> quantize_4bit(Tensor input, int64_t block_size, std::string quant_type) {
   const char* op = "quantize_4bit";
@@ -113,11 +121,10 @@ Tensor linear_4bit(Tensor input, Tensor packed, Tensor absmax, std::optional<Ten
   Tensor output = x.empty_beside(weight.rows());
   if (output.numel() == 0) return output;
   if (weight.cols() == 0) return bias ? torch::stable::copy_(output, *bias) : torch::stable::zero_(output);
-  int64_t size = 0;
-  const Tensor workspace = workspace_for(weight, x, false, bias.has_value(), launch.device, &size);
-  throw_on_failure(qlora_linear_4bit_cuda(
-      x.values.const_data_ptr(), x.m, x.dtype, weight.get(), bias ? bias->const_data_ptr() : nullptr,
-      output.mutable_data_ptr(), size ? workspace.mutable_data_ptr() : nullptr, size, launch.device, launch.stream));
+  const Workspace workspace(weight, x, false, bias.has_value(), launch.device);
+  throw_on_failure(qlora_linear_4bit_cuda(x.values.const_data_ptr(), x.m, x.dtype, weight.get(),
+                                          bias ? bias->const_data_ptr() : nullptr, output.mutable_data_ptr(),
+                                          workspace.data, workspace.size, launch.device, launch.stream));
   return output;
 }
 
@@ -133,11 +140,10 @@ Tensor linear_4bit_grad_input(Tensor grad_output, Tensor packed, Tensor absmax, 
   Tensor grad_input = dy.empty_beside(weight.cols());
   if (grad_input.numel() == 0) return grad_input;
   if (weight.rows() == 0) return torch::stable::zero_(grad_input);
-  int64_t size = 0;
-  const Tensor workspace = workspace_for(weight, dy, true, false, launch.device, &size);
-  throw_on_failure(qlora_linear_4bit_grad_input_cuda(
-      dy.values.const_data_ptr(), dy.m, dy.dtype, weight.get(), grad_input.mutable_data_ptr(),
-      size ? workspace.mutable_data_ptr() : nullptr, size, launch.device, launch.stream));
+  const Workspace workspace(weight, dy, true, false, launch.device);
+  throw_on_failure(qlora_linear_4bit_grad_input_cuda(dy.values.const_data_ptr(), dy.m, dy.dtype, weight.get(),
+                                                     grad_input.mutable_data_ptr(), workspace.data, workspace.size,
+                                                     launch.device, launch.stream));
   return grad_input;
 }
 

@@ -24,6 +24,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..nn import function
 from ..nn.convert import dequantize_module, is_conv1d
 from ..nn.embedding import Embedding4bit
 from ..nn.linear import Linear4bit
@@ -67,17 +68,6 @@ def lora_class_of(base: nn.Module) -> type | None:
     if isinstance(base, Embedding4bit):
         return LoraEmbedding4bit
     return None
-
-
-def add_low_rank(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
-    """result + scaling * (x A^T) B^T, written into `result`: [rows, n] of x's dtype; x [rows, k], a [r, k], b [n, r].
-
-    The one place where the update is computed, hence where a fused kernel goes.
-    """
-    low = F.linear(x, a)
-    if isinstance(scaling, Tensor):  # after peft's prepare_model_for_compiled_hotswap
-        low, scaling = low * scaling.to(low.dtype), 1.0
-    return result.addmm_(low, b.t(), alpha=scaling)
 
 
 class _ExactMerge:
@@ -216,6 +206,12 @@ class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
             return self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.lora_A]
         if not args and not kwargs and self._is_plain(names):
+            if len(names) == 1 and self._is_fusible(x, names[0]):
+                a: Any = self.lora_A[names[0]].weight
+                b: Any = self.lora_B[names[0]].weight
+                base: Any = self.base_layer
+                fused: Tensor = base.forward_with_lora(x, a, b, self.scaling[names[0]])
+                return fused
             rows = x.reshape(-1, x.shape[-1])
             result = self.base_layer(rows)
             for name in names:
@@ -239,6 +235,19 @@ class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
                 return False
         return True
 
+    def _is_fusible(self, x: Tensor, name: str) -> bool:
+        """Whether base layer and adapter multiply the same values in the same dtype, so that one call serves both."""
+        base: Any = self.base_layer
+        if type(base).forward is not Linear4bit.forward or "forward" in base.__dict__:
+            return False
+        dropout: Any = self.lora_dropout[name]
+        if not isinstance(dropout, nn.Identity) and dropout.training and dropout.p > 0:
+            return False
+        if isinstance(self.scaling[name], Tensor) or self.lora_B[name].bias is not None:
+            return False
+        compute_dtype, result_dtype = base.dtypes(x)
+        return bool(compute_dtype == result_dtype == _product_dtype(x))
+
     def _add_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         """result + the adapter's update, in place where the dtypes allow: [rows, n] and [rows, k]."""
         a: Any = self.lora_A[name].weight
@@ -247,7 +256,10 @@ class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
         x = self.lora_dropout[name](x).to(dtype)
         scaling = self.scaling[name]
         if dtype == result.dtype:
-            result = add_low_rank(result, x, a.to(dtype), b.weight.to(dtype), scaling)
+            low = F.linear(x, a.to(dtype))
+            if isinstance(scaling, Tensor):  # after peft's prepare_model_for_compiled_hotswap
+                low, scaling = low * scaling.to(low.dtype), 1.0
+            result = function.add_low_rank(result, low, b.weight.to(dtype), scaling)
         else:
             result = result + (F.linear(F.linear(x, a.to(dtype)), b.weight.to(dtype)) * scaling).to(
                 result.dtype

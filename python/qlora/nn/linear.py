@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops  # noqa: F401  registers the operators
 from ..format import DEFAULT_BLOCK_SIZE
+from . import function
 from .module import Module4bit
 from .params import Params4bit
-
-_linear_4bit = torch.ops.qlora.linear_4bit.default
+from .quant_state import QuantState
 
 
 class Linear4bit(Module4bit, torch.nn.Linear):  # type: ignore[misc]  # weight is a Params4bit
@@ -66,7 +65,30 @@ class Linear4bit(Module4bit, torch.nn.Linear):  # type: ignore[misc]  # weight i
         return self.out_features, self.in_features
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
+        compute_dtype, result_dtype = self.dtypes(input)
+        x, state, bias = self._operands(input, compute_dtype)
+        result = function.linear(x, self.weight, state, bias)
+        return result if compute_dtype == result_dtype else result.to(result_dtype)
+
+    def forward_with_lora(self, input: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """forward(input) + scaling (input A^T) B^T, products in the compute dtype: a [r, k], b [n, r] of any float."""
+        compute_dtype, result_dtype = self.dtypes(input)
+        x, state, bias = self._operands(input, compute_dtype)
+        result = function.lora_linear(
+            x, self.weight, state, bias, a.to(compute_dtype), b.to(compute_dtype), scaling
+        )
+        return result if compute_dtype == result_dtype else result.to(result_dtype)
+
+    def dtypes(self, input: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """The dtypes in which the product is computed and in which the result is returned."""
+        kind = input.device.type
+        result = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        if self.compute_dtype is None:
+            return result, result
+        return self.compute_dtype, input.dtype
+
+    def _operands(self, input: Tensor, dtype: torch.dtype) -> tuple[Tensor, QuantState, Tensor | None]:
+        """Input and bias in `dtype`, and the weight's state."""
         state = self.quant_state
         if state is None:
             state = self.quantized_state()
@@ -74,30 +96,10 @@ class Linear4bit(Module4bit, torch.nn.Linear):  # type: ignore[misc]  # weight i
             raise ValueError(
                 f"qlora.Linear4bit: input: expected a last dimension of {self.in_features}, got {list(input.shape)}"
             )
-        compute_dtype = self.compute_dtype
-        result_dtype = input.dtype
-        if compute_dtype is None:
-            if torch.is_autocast_enabled(input.device.type):
-                result_dtype = torch.get_autocast_dtype(input.device.type)
-            compute_dtype = result_dtype
         bias: Tensor | None = self.bias
-        if bias is not None and bias.dtype != compute_dtype:
-            bias = bias.to(compute_dtype)
-        nested = state.state2
-        with torch._C.DisableTorchFunctionSubclass():
-            result: Tensor = _linear_4bit(
-                input if input.dtype == compute_dtype else input.to(compute_dtype),
-                weight,
-                state.absmax,
-                None if nested is None else nested.absmax,
-                None if nested is None else nested.code,
-                state.offset,
-                bias,
-                state.shape,
-                state.blocksize,
-                state.quant_type,
-            )
-        return result if compute_dtype == result_dtype else result.to(result_dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        return input if input.dtype == dtype else input.to(dtype), state, bias
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

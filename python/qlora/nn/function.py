@@ -1,0 +1,151 @@
+"""The 4-bit linear layer of eager mode, alone and with a LoRA update, each as one node of the autograd graph.
+
+An operator with a Python autograd formula (`ops.py`) passes through Python layers of torch.library at every call, and
+LoRA around it makes five more nodes. A training step over a few thousand tokens waits for that. Here one
+torch.autograd.Function stands for all of it; it calls the operators below their autograd keys. torch.compile traces the
+operators instead.
+
+The weight is frozen, so it is held by reference and not through save_for_backward: under activation checkpointing every
+saved tensor costs two calls of a Python hook.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops  # noqa: F401  registers the operators
+from .quant_state import QuantState
+
+_linear_4bit = torch.ops.qlora.linear_4bit.default
+_linear_4bit_grad_input = torch.ops.qlora.linear_4bit_grad_input.default
+
+
+def linear(x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
+    """y = x W^T + bias: [..., k] -> [..., n] of x's dtype, in which bias [n] is."""
+    if torch.compiler.is_compiling():
+        return _forward(x, weight, state, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        result: Tensor = _Linear.apply(x, weight, state, bias)
+        return result
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(x, weight, state, bias)
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> Tensor:
+    """y = x W^T + bias + scaling (x A^T) B^T: [..., k] -> [..., n]; a [r, k], b [n, r], all of x's dtype."""
+    if torch.compiler.is_compiling():
+        rows = x.reshape(-1, x.shape[-1])
+        result = add_low_rank(_forward(rows, weight, state, bias), rows @ a.t(), b, scaling)
+        return result.view(*x.shape[:-1], result.shape[-1])
+    fused: Tensor = _LoraLinear.apply(x, weight, state, bias, a, b, scaling)
+    return fused
+
+
+def add_low_rank(result: Tensor, low: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """result + scaling * low B^T, written into `result` [rows, n]; low [rows, r], b [n, r].
+
+    The one place where an update is added, hence where a fused kernel goes.
+    """
+    return result.addmm_(low, b.t(), alpha=scaling)
+
+
+def _forward(x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
+    nested = state.state2
+    with torch._C.DisableTorchFunctionSubclass():
+        result: Tensor = _linear_4bit(
+            x,
+            weight,
+            state.absmax,
+            None if nested is None else nested.absmax,
+            None if nested is None else nested.code,
+            state.offset,
+            bias,
+            state.shape,
+            state.blocksize,
+            state.quant_type,
+        )
+    return result
+
+
+def _grad_input(grad: Tensor, weight: Tensor, state: QuantState) -> Tensor:
+    """dx = dy W; with a graph of its own where one is recorded (create_graph)."""
+    nested = state.state2
+    arguments = (
+        grad,
+        weight,
+        state.absmax,
+        None if nested is None else nested.absmax,
+        None if nested is None else nested.code,
+        state.offset,
+        state.shape,
+        state.blocksize,
+        state.quant_type,
+    )
+    with torch._C.DisableTorchFunctionSubclass():
+        if torch.is_grad_enabled():
+            return _linear_4bit_grad_input(*arguments)  # type: ignore[no-any-return]
+        with torch._C._AutoDispatchBelowAutograd():
+            return _linear_4bit_grad_input(*arguments)  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.state = weight, state
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward(x, weight, state, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx = _grad_input(grad, ctx.weight, ctx.state) if ctx.needs_input_grad[0] else None
+        dbias = grad.sum_to_size(grad.shape[-1:]) if ctx.needs_input_grad[3] else None
+        return dx, None, None, dbias
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        state: QuantState,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        with torch._C._AutoDispatchBelowAutograd():
+            result = _forward(rows, weight, state, bias)
+            low = rows.mm(a.t())
+            add_low_rank(result, low, b, scaling)
+        ctx.weight, ctx.state, ctx.scaling = weight, state, scaling
+        ctx.save_for_backward(x, a, b, low)
+        return result.view(*x.shape[:-1], result.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, low = ctx.saved_tensors
+        needs_x, _, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
+        dx = dbias = da = db = None
+        dy = grad.reshape(-1, grad.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled():
+            # For a graph of this pass `low` has to be a function of x and a, which what was kept is not.
+            low = rows.mm(a.t())
+        # With beta=0 the first operand only gives the shape: a product, scaled before it is rounded.
+        dlow = torch.addmm(low, dy, b, beta=0, alpha=ctx.scaling) if needs_x or needs_a else low
+        if needs_x:
+            dx = _grad_input(dy, ctx.weight, ctx.state).addmm_(dlow, a).view(x.shape)
+        if needs_a:
+            da = dlow.t().mm(rows)
+        if needs_b:
+            db = torch.addmm(b, dy.t(), low, beta=0, alpha=ctx.scaling)
+        if needs_bias:
+            dbias = dy.sum(0)
+        return dx, None, None, dbias, da, db, None
