@@ -11,6 +11,8 @@ target_sources(qlora PRIVATE
   cuda/gemm/naive.cu
   cuda/gemm/select.cpp
   cuda/gemm/skinny_sm90.cu
+  cuda/gemm/split.cu
+  cuda/gemm/wide_sm90.cu
   cuda/quantize.cu)
 target_include_directories(qlora PRIVATE . ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 # -lineinfo names source lines in profilers; -compress-all keeps the wheel small.

@@ -21,6 +21,9 @@
 
 namespace qlora {
 
+// Bytes of an address in a table: the lane's but for the second, which is byte `byte` of a packed word.
+__device__ __forceinline__ constexpr uint32_t table_selector(int byte) { return 0x7604 | byte << 4; }
+
 template <typename T>
 class PairTable {
  public:
@@ -49,9 +52,8 @@ class PairTable {
   static __device__ __forceinline__ void fill(unsigned char* table, const Values& values) {
     const int lane = threadIdx.x % 32;
     const float value = values.of_code[lane % kNumCodes];
-#pragma unroll
-    for (int i = 0; i < 256; i += kThreads / 32) {
-      const int entry = i + threadIdx.x / 32;
+#pragma unroll 16
+    for (int entry = threadIdx.x / 32; entry < 256; entry += kThreads / 32) {
       const float pair[2] = {__shfl_sync(0xFFFFFFFFu, value, entry / kNumCodes),
                              __shfl_sync(0xFFFFFFFFu, value, entry % kNumCodes)};
       reinterpret_cast<uint32_t*>(table + entry * 256)[lane] = Word<T>::pack(pair);
@@ -64,9 +66,57 @@ class PairTable {
   // The pair of byte kByte of `word`.
   template <int kByte>
   __device__ __forceinline__ uint32_t pair(uint32_t word) const {
-    constexpr uint32_t kSelector = 0x7604 | kByte << 4;  // bytes: of the lane's address but for the second, of `word`
+    return pair(word, table_selector(kByte));
+  }
+  __device__ __forceinline__ uint32_t pair(uint32_t word, uint32_t selector) const {
     uint32_t pair;
-    asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(__byte_perm(word, lane_address_, kSelector)));
+    asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(__byte_perm(word, lane_address_, selector)));
+    return pair;
+  }
+
+ private:
+  uint32_t lane_address_;
+};
+
+// The same with exact fp32 values, for weights that are scaled before they are rounded: LDS.64 reads two banks a lane, so
+// a pair costs twice the time. Entries of 256 bytes, all used: the pair 32 times.
+class FloatPairTable {
+ public:
+  static constexpr int kBytes = 256 * 256;
+
+  // The value of each code, as fill takes it.
+  struct Values {
+    float of_code[kNumCodes];
+  };
+  static Values values(Format format) {
+    Values values;
+    for (int code = 0; code < kNumCodes; ++code) {
+      values.of_code[code] = format == Format::kNF4 ? kNF4Codes[code] : kFP4Codes[code];
+    }
+    return values;
+  }
+
+  // Every warp of the block must call it, before a barrier.
+  template <int kThreads>
+  static __device__ __forceinline__ void fill(unsigned char* table, const Values& values) {
+    const int lane = threadIdx.x % 32;
+    const float value = values.of_code[lane % kNumCodes];
+#pragma unroll 4
+    for (int entry = threadIdx.x / 32; entry < 256; entry += kThreads / 32) {
+      const float even = __shfl_sync(0xFFFFFFFFu, value, entry / kNumCodes);
+      const float odd = __shfl_sync(0xFFFFFFFFu, value, entry % kNumCodes);
+      reinterpret_cast<float2*>(table + entry * 256)[lane] = make_float2(even, odd);
+    }
+  }
+
+  __device__ __forceinline__ explicit FloatPairTable(const unsigned char* table)
+      : lane_address_(shared_address(table) + threadIdx.x % 32 * 8) {}
+
+  __device__ __forceinline__ float2 pair(uint32_t word, uint32_t selector) const {
+    float2 pair;
+    asm("ld.shared.v2.f32 {%0, %1}, [%2];"
+        : "=f"(pair.x), "=f"(pair.y)
+        : "r"(__byte_perm(word, lane_address_, selector)));
     return pair;
   }
 

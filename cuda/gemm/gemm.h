@@ -23,6 +23,11 @@ void naive(const Gemm& problem, const Device& device, cudaStream_t stream);
 std::string supports_skinny_sm90(const Gemm& problem, const Device& device);
 void skinny_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);
 
+// wide_sm90.cu: 1 to 256 rows of x in 16 bits, blocks of 64 and more, k a multiple of 64; forward, Hopper alone.
+std::string supports_wide_sm90(const Gemm& problem, const Device& device);
+int64_t wide_sm90_workspace_size(const Gemm& problem, const Device& device);
+void wide_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);
+
 // dense.cu: dequantise a chunk that fits L2, multiply it with cuBLAS, next chunk.
 std::string supports_dense(const Gemm& problem, const Device& device);
 int64_t dense_workspace_size(const Gemm& problem, const Device& device);

@@ -19,6 +19,7 @@ struct Kernel {
 // The first that supports the problem serves it.
 constexpr Kernel kKernels[] = {
     {"skinny_sm90", supports_skinny_sm90, nullptr, skinny_sm90},
+    {"wide_sm90", supports_wide_sm90, wide_sm90_workspace_size, wide_sm90},
     {"dense", supports_dense, dense_workspace_size, dense},
     {"naive", supports_naive, nullptr, naive},
 };

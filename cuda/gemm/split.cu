@@ -1,0 +1,92 @@
+#include "cuda/gemm/split.h"
+
+#include <algorithm>
+
+#include "cuda/device/numeric.cuh"
+#include "cuda/dispatch.h"
+#include "cuda/launch.h"
+#include "cuda/weight_arguments.h"
+
+namespace qlora {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxParts = 16;
+constexpr double kStepsOfAPart = 1.5;  // that writing and adding up a part of a tile costs
+
+// Each thread kValues values of the output, which do not cross a row.
+template <typename T, int kValues>
+__global__ __launch_bounds__(kThreads) void add_parts_kernel(const float* __restrict__ parts, int num_parts,
+                                                             int64_t count, int64_t width,
+                                                             const T* __restrict__ bias, T* __restrict__ output) {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+  const int64_t index = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kValues;
+  if (index >= count) return;
+  float sums[kValues] = {};
+  for (int part = 0; part < num_parts; ++part) {
+    const float* const source = parts + part * count + index;
+    if constexpr (kValues == 4) {
+      const float4 four = *reinterpret_cast<const float4*>(source);
+      sums[0] += four.x;
+      sums[1] += four.y;
+      sums[2] += four.z;
+      sums[3] += four.w;
+    } else {
+      sums[0] += *source;
+    }
+  }
+  T values[kValues];
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    values[i] = from_float<T>(bias == nullptr ? sums[i] : sums[i] + to_float(bias[index % width + i]));
+  }
+  if constexpr (kValues == 4) {
+    *reinterpret_cast<uint2*>(output + index) = *reinterpret_cast<const uint2*>(values);
+  } else {
+    output[index] = values[0];
+  }
+}
+
+}  // namespace
+
+int best_num_parts(int64_t num_tiles, int64_t num_steps, int num_multiprocessors) {
+  int best = 1;
+  double least = 0.0;
+  for (int parts = 1; parts <= std::min<int64_t>(kMaxParts, num_steps); ++parts) {
+    const auto waves = static_cast<double>(ceil_div(num_tiles * parts, num_multiprocessors));
+    const double cost = waves * (static_cast<double>(ceil_div(num_steps, parts)) + (parts > 1 ? kStepsOfAPart : 0.0));
+    if (parts == 1 || cost < least) {
+      best = parts;
+      least = cost;
+    }
+  }
+  return best;
+}
+
+void add_parts(const float* parts, int num_parts, int64_t m, int64_t width, const void* bias, void* output,
+               qlora_dtype dtype, cudaStream_t stream) {
+  dispatch_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (!std::is_same_v<T, float>) {
+      cudaLaunchAttribute attribute = {};
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+      const int64_t count = m * width;
+      const bool is_vector = width % 4 == 0 && is_aligned(output, 8);
+      cudaLaunchConfig_t config = {};
+      config.gridDim = dim3(grid_size(count, kThreads * (is_vector ? 4 : 1)));
+      config.blockDim = dim3(kThreads);
+      config.stream = stream;
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+      const auto kernel = is_vector ? add_parts_kernel<T, 4> : add_parts_kernel<T, 1>;
+      check_cuda(cudaLaunchKernelEx(&config, kernel, parts, num_parts, count, width, static_cast<const T*>(bias),
+                                    static_cast<T*>(output)),
+                 "add_parts_kernel");
+    }
+  });
+}
+
+}  // namespace qlora

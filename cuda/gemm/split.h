@@ -1,0 +1,20 @@
+// Splitting the sum of a linear layer over blocks that each write a part of it in fp32, and adding the parts up.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "core/gemm.h"
+
+namespace qlora {
+
+// Parts for an output of num_tiles tiles, each a sum of num_steps steps, such that blocks of one a multiprocessor are
+// busy for as few steps as possible; a part costs as much as a few steps.
+int best_num_parts(int64_t num_tiles, int64_t num_steps, int num_multiprocessors);
+
+// output [m, width] = sum of parts [num_parts, m, width] + bias [width], in the parts' order, rounded once.
+void add_parts(const float* parts, int num_parts, int64_t m, int64_t width, const void* bias, void* output,
+               qlora_dtype dtype, cudaStream_t stream);
+
+}  // namespace qlora
