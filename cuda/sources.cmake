@@ -13,7 +13,8 @@ target_sources(qlora PRIVATE
   cuda/gemm/skinny_sm90.cu
   cuda/gemm/split.cu
   cuda/gemm/wide_sm90.cu
-  cuda/quantize.cu)
+  cuda/quantize.cu
+  cuda/tensor_map.cpp)
 target_include_directories(qlora PRIVATE . ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 # -lineinfo names source lines in profilers; -compress-all keeps the wheel small.
 target_compile_options(qlora PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;-Xfatbin=-compress-all;-t2;\

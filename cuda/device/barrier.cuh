@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cuda/device/copy_async.cuh"
+#include "cuda/device/shared.cuh"
 
 namespace qlora {
 
@@ -21,6 +21,25 @@ __device__ __forceinline__ void publish_barriers() {
 
 __device__ __forceinline__ void arrive(Barrier& barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+
+// At the barrier at the same place in block `rank` of the cluster. Orders nothing that this thread wrote for the other
+// block (a release for the cluster would wait for all its memory operations): it says that something was read.
+__device__ __forceinline__ void arrive_remote(Barrier& barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(shared_address(&barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+// An arrival that also adds to the bytes of bulk copies that the phase waits for.
+__device__ __forceinline__ void arrive_expecting(Barrier& barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+               : "memory");
 }
 
 // An arrival, counted in init_barrier, that happens when all earlier asynchronous copies of this thread have arrived.
@@ -41,6 +60,21 @@ __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
       : "memory");
 }
 
+// A barrier of all threads of the cluster, which orders no memory operations.
+__device__ __forceinline__ void synchronize_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// Registers a thread of the warpgroup that calls this: fewer than at launch, or more out of those that others gave up.
+template <int kCount, bool kIsMore>
+__device__ __forceinline__ void limit_registers() {
+  if constexpr (kIsMore) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+  }
+}
+
 // A place in a ring: producers wait for `empty` of its stage with is_free_parity(), consumers for `full` with parity().
 template <int kStages>
 class RingPlace {
@@ -48,11 +82,17 @@ class RingPlace {
   __device__ __forceinline__ int stage() const { return stage_; }
   __device__ __forceinline__ uint32_t parity() const { return round_; }
   __device__ __forceinline__ uint32_t free_parity() const { return round_ ^ 1; }  // passes at once in the first round
-  __device__ __forceinline__ void advance() {
-    if (++stage_ == kStages) {
-      stage_ = 0;
+  __device__ __forceinline__ void advance(int count = 1) {  // count below kStages
+    stage_ += count;
+    if (stage_ >= kStages) {
+      stage_ -= kStages;
       round_ ^= 1;
     }
+  }
+  __device__ __forceinline__ RingPlace plus(int count) const {
+    RingPlace place = *this;
+    place.advance(count);
+    return place;
   }
 
  private:

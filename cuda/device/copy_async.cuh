@@ -4,16 +4,16 @@
 
 #include <cstdint>
 
+#include "cuda/device/shared.cuh"
+
 namespace qlora {
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // Both addresses aligned to 16 bytes. Past L1; the rest of the 128-byte line is fetched into L2.
+__device__ __forceinline__ void copy_16_bytes_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
 __device__ __forceinline__ void copy_16_bytes_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
-               : "memory");
+  copy_16_bytes_async(shared_address(shared), global);
 }
 
 // Both addresses aligned to 4 bytes.
@@ -26,6 +26,11 @@ __device__ __forceinline__ void prefetch_to_l2(const void* global, int bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 #endif
+}
+
+// The same for the 128-byte line around an address.
+__device__ __forceinline__ void prefetch_line_to_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

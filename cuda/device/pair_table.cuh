@@ -16,8 +16,8 @@
 #include <type_traits>
 
 #include "core/format.h"
-#include "cuda/device/copy_async.cuh"
 #include "cuda/device/numeric.cuh"
+#include "cuda/device/shared.cuh"
 
 namespace qlora {
 
@@ -61,7 +61,7 @@ class PairTable {
   }
 
   __device__ __forceinline__ explicit PairTable(const unsigned char* table)
-      : lane_address_(shared_address(table) + threadIdx.x % 32 * 4) {}
+      : lane_address_(keep(shared_address(table) + threadIdx.x % 32 * 4)) {}
 
   // The pair of byte kByte of `word`.
   template <int kByte>
@@ -110,7 +110,7 @@ class FloatPairTable {
   }
 
   __device__ __forceinline__ explicit FloatPairTable(const unsigned char* table)
-      : lane_address_(shared_address(table) + threadIdx.x % 32 * 8) {}
+      : lane_address_(keep(shared_address(table) + threadIdx.x % 32 * 8)) {}
 
   __device__ __forceinline__ float2 pair(uint32_t word, uint32_t selector) const {
     float2 pair;

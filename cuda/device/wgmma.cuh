@@ -16,7 +16,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/device/copy_async.cuh"
+#include "cuda/device/shared.cuh"
 
 namespace qlora {
 

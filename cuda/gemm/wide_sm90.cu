@@ -1,10 +1,11 @@
 // y = x W^T + bias for up to 256 rows of x on Hopper's wgmma: the weight is read once from HBM and decoded once, to the
 // registers from which the tensor cores take it.
 //
-//   block     a tile of 128 rows of W against all rows of x, over a part of k. Warpgroup 0 copies, 1 and 2 multiply 64
-//             rows of W each; work items are dealt in turn to as many blocks as there are multiprocessors.
-//   x         the 64-row operand's counterpart, kTokens columns: through a ring of stages of 64 values of k
-//   W         through a ring of stages of 128 x 256; its scales are decoded by the warpgroup that copies
+//   block     a tile of 128 rows of W against all rows of x, over a part of k. Warpgroup 0 copies,
+//             pairs of warpgroups multiply: 64 rows of W each, and of two pairs each every second block of 64 columns.
+//   x         kTokens columns of the product, through a ring of stages of 64 values of k; the blocks of a cluster, which
+//             have neighbouring tiles, copy a half each to both
+//   W         through a ring of stages of 128 x 256; the warps that copy its scales decode them
 //   decode    lane i of a quad owns byte i of every 32-bit word, as the operand's layout and the order of x ask
 //   scale     up to 128 rows: the table's pair as it is, the products of 64 columns of W summed from zero and then scaled
 //             in fp32; above: fp32 values, scaled and rounded to the dtype, since registers hold no second sum
@@ -12,6 +13,7 @@
 //
 // Rounding: see PairTable up to 128 rows; above, weights rounded to the dtype as dequantize_4bit rounds them.
 #include <algorithm>
+#include <array>
 #include <cstdint>
 
 #include "core/status.h"
@@ -19,26 +21,46 @@
 #include "cuda/device/copy_async.cuh"
 #include "cuda/device/numeric.cuh"
 #include "cuda/device/pair_table.cuh"
+#include "cuda/device/shared.cuh"
+#include "cuda/device/tensor_copy.cuh"
 #include "cuda/device/wgmma.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/gemm/gemm.h"
 #include "cuda/gemm/split.h"
 #include "cuda/launch.h"
+#include "cuda/tensor_map.h"
 #include "cuda/weight_arguments.h"
 
 namespace qlora {
 namespace {
 
 constexpr int kWarpgroup = 128;  // threads
-constexpr int kConsumers = 2;    // warpgroups
-constexpr int kThreads = kWarpgroup * (1 + kConsumers);
-constexpr int kTileRows = 64 * kConsumers;  // of W
-constexpr int kBlockCols = 64;              // of W, with one scale a row
-constexpr int kStepBlocks = 4;              // of a stage of W: 128 bytes of a row
+constexpr int kTileRows = 128;   // of W: two warpgroups
+constexpr int kBlockCols = 64;   // of W, with one scale a row
+constexpr int kStepBlocks = 4;   // of a stage of W: 128 bytes of a row
 constexpr int kStepCols = kBlockCols * kStepBlocks;
 constexpr int kStepBytes = kStepCols / 2;
 constexpr int kMaxTokens = 256;
 constexpr int kWeightStages = 3;
+constexpr int kMaxXStages = 8;
+[[maybe_unused]] constexpr int kScaleThreads = 64;  // that copy scales of W
+
+template <typename T, int kTokens>
+struct Config {
+  static constexpr bool kIsExact = kTokens > 128;
+  static constexpr int kPairs = kTokens <= 64 ? 2 : 1;  // of warpgroups that multiply
+  static constexpr int kThreads = kWarpgroup * (1 + 2 * kPairs);
+  static constexpr int kCluster = kTokens >= 64 ? 2 : 1;
+  static constexpr int kXStages = kTokens == 256 ? 3 : kTokens == 128 ? 6 : kMaxXStages;
+  static constexpr int kXStageBytes = kTokens * kBlockCols * 2;
+  static constexpr int kCols = kTokens < 128 ? kTokens : 128;  // of a product
+  static constexpr int kHalves = kTokens / kCols;
+  static constexpr int kExchangeBytes = (kPairs - 1) * kTileRows * kTokens * 4;
+  // Registers of a thread that copies and of one that multiplies: together those of the launch.
+  static constexpr int kCopyRegisters = kPairs == 2 ? 64 : 88;
+  static constexpr int kRegisters = kPairs == 2 ? 104 : 208;
+  using Table = std::conditional_t<kIsExact, FloatPairTable, PairTable<T>>;
+};
 
 struct Arguments {
   const uint8_t* packed;
@@ -52,79 +74,77 @@ struct Arguments {
   int m;
   int n;
   int k;
+  bool is_weight_aligned;   // packed to 16 bytes
+  bool is_x_aligned;        // to 16 bytes
   bool are_scales_aligned;  // the 4 scales of a stage's row are 4 or 16 aligned bytes in one nested block
 };
 
 struct WeightStage {
   unsigned char bytes[kTileRows][kStepBytes];  // the 16-byte piece p of row r at place p ^ r % 8
-  float4 scales[kTileRows];                    // of the 4 blocks
+  float scales[kTileRows][kStepBlocks];
 };
 
-template <int kTokens>
-struct Stages {
-  static constexpr int kBytes = kTokens * kBlockCols * 2;
-  static constexpr int kCount = kTokens == 256 ? 3 : kTokens == 128 ? 6 : 8;
-};
+constexpr int kWeightStageBytes = sizeof(WeightStage);
 
-// Shared memory: this, the pair table at the first multiple of 64 KiB, the stages of x behind it.
+// Shared memory: this, the pair table at the first multiple of 64 KiB, the stages of x, the exchange of pairs' sums.
 struct Shared {
   WeightStage weight[kWeightStages];
   float nested_code[256];
   Barrier weight_full[kWeightStages];
   Barrier weight_empty[kWeightStages];
-  Barrier x_full[8];
-  Barrier x_empty[8];
+  Barrier x_full[kMaxXStages];
+  Barrier x_empty[kMaxXStages];
 };
 constexpr int kTableAlignment = FloatPairTable::kBytes;
 constexpr int kReservedBytes = 1024;  // that CUDA puts before a block's shared memory
 static_assert(sizeof(Shared) + kReservedBytes <= kTableAlignment);
 
-template <int kTokens>
-constexpr int kSharedBytes = 2 * kTableAlignment - kReservedBytes + Stages<kTokens>::kCount * Stages<kTokens>::kBytes;
-
-template <int kTokens, typename T>
-struct TableOf {
-  static constexpr bool kIsExact = kTokens > 128;
-  using Table = std::conditional_t<kIsExact, FloatPairTable, PairTable<T>>;
-};
+template <typename Config>
+constexpr int kSharedBytes =
+    2 * kTableAlignment - kReservedBytes + Config::kXStages * Config::kXStageBytes + Config::kExchangeBytes;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A block's share of the work: items blockIdx.x, blockIdx.x + gridDim.x, ..; an item is a tile and a part of k.
+__device__ __forceinline__ int num_steps(const Arguments& arguments) {
+  return (arguments.k + kStepCols - 1) / kStepCols;
+}
+
+// A cluster's share of the work: items from its index on, dealt in turn; an item is a group of tiles and a part of k.
+template <int kCluster>
+struct Items {
+  int num_groups;
+  int count;
+
+  __device__ __forceinline__ explicit Items(const Arguments& arguments)
+      : num_groups((arguments.n + kTileRows * kCluster - 1) / (kTileRows * kCluster)),
+        count(num_groups * arguments.num_parts) {}
+  static __device__ __forceinline__ int first() { return blockIdx.x / kCluster; }
+  static __device__ __forceinline__ int stride() { return gridDim.x / kCluster; }
+};
+
+template <int kCluster>
 struct Item {
-  int tile;
+  int first_row;
   int part;
   int step_begin;
   int step_end;
 
-  __device__ Item(const Arguments& arguments, int index) {
-    const int num_steps = (arguments.k + kStepCols - 1) / kStepCols;
-    const int num_tiles = (arguments.n + kTileRows - 1) / kTileRows;
-    tile = index % num_tiles;  // Neighbouring tiles at once: their rows share pages of memory.
-    part = index / num_tiles;
-    step_begin = static_cast<int>(int64_t{num_steps} * part / arguments.num_parts);
-    step_end = static_cast<int>(int64_t{num_steps} * (part + 1) / arguments.num_parts);
+  __device__ __forceinline__ Item(const Arguments& arguments, const Items<kCluster>& items, int index) {
+    // Neighbouring tiles at once: their rows share pages of memory.
+    first_row = (index % items.num_groups * kCluster + static_cast<int>(blockIdx.x) % kCluster) * kTileRows;
+    part = index / items.num_groups;
+    step_begin = static_cast<int>(int64_t{num_steps(arguments)} * part / arguments.num_parts);
+    step_end = static_cast<int>(int64_t{num_steps(arguments)} * (part + 1) / arguments.num_parts);
   }
 };
 
-__device__ __forceinline__ int num_items(const Arguments& arguments) {
-  return (arguments.n + kTileRows - 1) / kTileRows * arguments.num_parts;
-}
-
-// 16 bytes, or zeros.
-__device__ __forceinline__ void copy_16_bytes_or_zero_async(uint32_t shared, const void* global, bool is_there) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-               "r"(is_there ? 16 : 0)
-               : "memory");
-}
-
-// What a thread of the copying warpgroup reads of a row's scales of a step, not yet decoded.
+// What a thread reads of a row's scales of a step, not yet decoded.
 template <bool kIsNested>
 struct RawScales {
   uint32_t codes = 0;
   float values[kStepBlocks] = {};  // absmax, or nested_absmax
 
-  __device__ __forceinline__ RawScales(const Arguments& arguments, int row, int step) {
+  __device__ __forceinline__ void load(const Arguments& arguments, int row, int step) {
     const Scales& scales = arguments.scales;
     const int64_t first = int64_t{row} * arguments.k + step * kStepCols;
     if (arguments.are_scales_aligned) {
@@ -143,6 +163,7 @@ struct RawScales {
       }
       return;
     }
+    codes = 0;
 #pragma unroll
     for (int i = 0; i < kStepBlocks; ++i) {
       if (step * kStepCols + i * kBlockCols >= arguments.k) break;
@@ -170,61 +191,121 @@ struct RawScales {
   }
 };
 
-// Warpgroup 0: fills the rings.
-template <int kTokens, bool kIsNested>
-__device__ __forceinline__ void copy_operands(const Arguments& arguments, Shared& shared, unsigned char* x_stages) {
-  constexpr int kXStages = Stages<kTokens>::kCount;
-  const int thread = threadIdx.x;  // of the warpgroup
-  const int num_steps = (arguments.k + kStepCols - 1) / kStepCols;
-  const float nested_offset = kIsNested ? *arguments.scales.nested_offset : 0.0f;
-  RingPlace<kWeightStages> weight_place;
-  RingPlace<kXStages> x_place;
-  for (int index = blockIdx.x; index < num_items(arguments); index += gridDim.x) {
-    const Item item(arguments, index);
-    const int first_row = item.tile * kTileRows;
-    const int last_row = arguments.n - 1;  // that rows behind the last repeat
-    const int scale_row = min(first_row + thread, last_row);
-    RawScales<kIsNested> raw(arguments, scale_row, item.step_begin);
-    for (int step = item.step_begin; step < item.step_end; ++step) {
-      WeightStage& stage = shared.weight[weight_place.stage()];
-      wait(shared.weight_empty[weight_place.stage()], weight_place.free_parity());
-      const int piece = thread % 8;
-      const bool is_inside = step * kStepBytes + piece * 16 < arguments.k / 2;
-#pragma unroll 2
-      for (int i = 0; i < kTileRows / 16; ++i) {
-        const int row = thread / 8 + i * 16;
-        const uint8_t* const source = arguments.packed + int64_t{min(first_row + row, last_row)} * (arguments.k / 2) +
-                                      step * kStepBytes + piece * 16;
-        copy_16_bytes_or_zero_async(shared_address(&stage.bytes[row][(piece ^ row % 8) * 16]),
-                                    is_inside ? source : arguments.packed, is_inside);
-      }
-      stage.scales[thread] = raw.decode(shared.nested_code, nested_offset, arguments.table_scale_inverse);
-      arrive_after_copies(shared.weight_full[weight_place.stage()]);
-      arrive(shared.weight_full[weight_place.stage()]);
-      weight_place.advance();
-      if (step + 1 < item.step_end) raw = RawScales<kIsNested>(arguments, scale_row, step + 1);
-      if (step + kWeightStages < num_steps) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(arguments.packed + int64_t{scale_row} * (arguments.k / 2) +
-                                                      (step + kWeightStages) * kStepBytes));
-      }
+__device__ __noinline__ uint4 load_bytes(const void* address) {
+  const auto* const bytes = static_cast<const uint8_t*>(address);
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) words[i / 4] |= static_cast<uint32_t>(bytes[i]) << i % 4 * 8;
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// A stage of W by the threads that copy scales.
+__device__ __forceinline__ void copy_weight_plainly(const Arguments& arguments, int first_row, int step,
+                                                    WeightStage& stage) {
+  const int row_bytes = arguments.k / 2;
 #pragma unroll 1
-      for (int block = 0; block < kStepBlocks; ++block) {
-        const int col = step * kStepCols + block * kBlockCols;
-        if (col >= arguments.k) break;
-        wait(shared.x_empty[x_place.stage()], x_place.free_parity());
-        const uint32_t target = shared_address(x_stages + x_place.stage() * Stages<kTokens>::kBytes);
-#pragma unroll 4
-        for (int i = 0; i < kTokens / 16; ++i) {
-          const int token = thread / 8 + i * 16;
-          const bool is_there = token < arguments.m;
-          const auto* const source =
-              static_cast<const uint8_t*>(arguments.x) + (int64_t{token} * arguments.k + col) * 2 + piece * 16;
-          copy_16_bytes_or_zero_async(target + token * 128 + (piece ^ token % 8) * 16,
-                                      is_there ? source : arguments.x, is_there);
-        }
-        arrive_after_copies(shared.x_full[x_place.stage()]);
-        x_place.advance();
+  for (int i = threadIdx.x; i < kTileRows * 8; i += kScaleThreads) {
+    const int row = i / 8;
+    const int first_byte = step * kStepBytes + i % 8 * 16;
+    if (first_byte >= row_bytes) continue;
+    const int64_t source = int64_t{min(first_row + row, arguments.n - 1)} * row_bytes + first_byte;
+    *reinterpret_cast<uint4*>(&stage.bytes[row][(i % 8 ^ row % 8) * 16]) = load_bytes(arguments.packed + source);
+  }
+}
+
+// Warps 0 and 1: the scales of W, and its bytes where the tensor memory accelerator does not take them.
+template <typename Config, bool kIsNested>
+__device__ __forceinline__ void copy_scales(const Arguments& arguments, Shared& shared) {
+  constexpr int kScaleRows = kTileRows / kScaleThreads;
+  const int thread = threadIdx.x;
+  const int last_row = arguments.n - 1;  // that rows behind the last repeat
+  const float nested_offset = kIsNested ? *arguments.scales.nested_offset : 0.0f;
+  RingPlace<kWeightStages> place;
+  const Items<Config::kCluster> items(arguments);
+  for (int index = items.first(); index < items.count; index += items.stride()) {
+    const Item<Config::kCluster> item(arguments, items, index);
+    RawScales<kIsNested> raw[kScaleRows];
+#pragma unroll
+    for (int i = 0; i < kScaleRows; ++i) {
+      raw[i].load(arguments, min(item.first_row + thread + i * kScaleThreads, last_row), item.step_begin);
+    }
+    for (int step = item.step_begin; step < item.step_end; ++step) {
+      WeightStage& stage = shared.weight[place.stage()];
+      wait(shared.weight_empty[place.stage()], place.free_parity());
+#pragma unroll
+      for (int i = 0; i < kScaleRows; ++i) {
+        const int row = min(item.first_row + thread + i * kScaleThreads, last_row);
+        *reinterpret_cast<float4*>(stage.scales[thread + i * kScaleThreads]) =
+            raw[i].decode(shared.nested_code, nested_offset, arguments.table_scale_inverse);
+        if (step + 1 < item.step_end) raw[i].load(arguments, row, step + 1);
       }
+      if (!arguments.is_weight_aligned) copy_weight_plainly(arguments, item.first_row, step, stage);
+      arrive(shared.weight_full[place.stage()]);
+      place.advance();
+    }
+  }
+}
+
+// Warp 3: the bytes of W.
+template <typename Config>
+__device__ __forceinline__ void copy_weight(const Arguments& arguments, const CUtensorMap& map, Shared& shared) {
+  if (threadIdx.x % 32 != 0) return;
+  RingPlace<kWeightStages> place;
+  const Items<Config::kCluster> items(arguments);
+  for (int index = items.first(); index < items.count; index += items.stride()) {
+    const Item<Config::kCluster> item(arguments, items, index);
+    for (int step = item.step_begin; step < item.step_end; ++step) {
+      WeightStage& stage = shared.weight[place.stage()];
+      Barrier& full = shared.weight_full[place.stage()];
+      wait(shared.weight_empty[place.stage()], place.free_parity());
+      if (arguments.is_weight_aligned) {
+        arrive_expecting(full, sizeof(stage.bytes));
+        copy_box(stage.bytes, map, step * kStepBytes, item.first_row, full);
+        if (step + kWeightStages < item.step_end) {
+          prefetch_box_to_l2(map, (step + kWeightStages) * kStepBytes, item.first_row);
+        }
+      } else {
+        arrive(full);
+      }
+      place.advance();
+    }
+  }
+}
+
+// Warp 2: fills the ring of x.
+template <typename Config>
+__device__ __forceinline__ void copy_x(const Arguments& arguments, const CUtensorMap& map, Shared& shared,
+                                       unsigned char* stages) {
+  constexpr int kTokens = Config::kXStageBytes / (kBlockCols * 2);
+  constexpr int kRows = kTokens / Config::kCluster;  // that this block copies, to all of its cluster
+  const int lane = threadIdx.x % 32;
+  const int rank = static_cast<int>(blockIdx.x) % Config::kCluster;
+  RingPlace<Config::kXStages> place;
+  const Items<Config::kCluster> items(arguments);
+  for (int index = items.first(); index < items.count; index += items.stride()) {
+    const Item<Config::kCluster> item(arguments, items, index);
+    const int end = min(item.step_end * kStepCols, arguments.k);
+    for (int col = item.step_begin * kStepCols; col < end; col += kBlockCols) {
+      unsigned char* const stage = stages + place.stage() * Config::kXStageBytes;
+      Barrier& full = shared.x_full[place.stage()];
+      wait(shared.x_empty[place.stage()], place.free_parity());
+      if (arguments.is_x_aligned) {
+        if (lane == 0) {
+          arrive_expecting(full, Config::kXStageBytes);
+          copy_box(stage + rank * kRows * 128, map, col, rank * kRows, full, (1 << Config::kCluster) - 1);
+        }
+      } else {
+        for (int i = lane; i < kTokens * 8; i += 32) {
+          const int token = i / 8;
+          const auto* const source = static_cast<const uint8_t*>(arguments.x) +
+                                     (int64_t{min(token, arguments.m - 1)} * arguments.k + col) * 2 + i % 8 * 16;
+          *reinterpret_cast<uint4*>(stage + token * 128 + (i % 8 ^ token % 8) * 16) = load_bytes(source);
+        }
+        fence_shared();
+        __syncwarp();
+        if (lane == 0) arrive(full);
+      }
+      place.advance();
     }
   }
 }
@@ -232,48 +313,60 @@ __device__ __forceinline__ void copy_operands(const Arguments& arguments, Shared
 // The operand fragments of a lane for a block of 64 columns: 4 products of 16.
 using Fragments = uint32_t[4][4];
 
-template <typename T, int kTokens>
+// A warpgroup that multiplies.
+template <typename T, typename Config>
 class Consumer {
  public:
-  static constexpr bool kIsExact = TableOf<kTokens, T>::kIsExact;
-  static constexpr int kCols = kTokens < 128 ? kTokens : 128;  // of a product
-  static constexpr int kHalves = kTokens / kCols;
-  using Table = typename TableOf<kTokens, T>::Table;
-
   __device__ __forceinline__ Consumer(const Arguments& arguments, Shared& shared, const unsigned char* table,
-                                      const unsigned char* x_stages)
-      : arguments_(arguments), shared_(shared), table_(table), x_(describe_columns(x_stages)) {}
+                                      const unsigned char* x_stages, float* exchange)
+      : arguments_(arguments),
+        shared_(shared),
+        table_(table),
+        x_(describe_columns(x_stages)),
+        exchange_(exchange),
+        selector_(keep(table_selector(lane() % 4))),
+        weight_(keep(shared_address(shared.weight[0].bytes[row()]))),
+        scales_(keep(shared_address(shared.weight[0].scales[row()]))),
+        swizzle_(keep(lane() / 4 * 16)) {}
 
   __device__ __forceinline__ void run() {
-    for (int index = blockIdx.x; index < num_items(arguments_); index += gridDim.x) {
-      const Item item(arguments_, index);
+    const Items<Config::kCluster> items(arguments_);
+    for (int index = items.first(); index < items.count; index += items.stride()) {
+      const Item<Config::kCluster> item(arguments_, items, index);
 #pragma unroll
-      for (int h = 0; h < kHalves; ++h) {
+      for (auto& half : sums_) {
 #pragma unroll
-        for (float& sum : sums_[h]) sum = 0.0f;
+        for (float& sum : half) sum = 0.0f;
       }
-      for (int step = item.step_begin; step < item.step_end; ++step) multiply_step(step, item);
-      if constexpr (kIsExact) {
+      for (int step = item.step_begin; step < item.step_end; ++step) {
+        if constexpr (Config::kPairs == 2) {
+          multiply_step(step);
+        } else {
+          multiply_step_ahead(step, item);
+        }
+      }
+      if constexpr (Config::kIsExact) {
         wait_for_products<0>();
-        release_x();
+        release_x(held_x_);
         held_x_ = -1;
       }
-      store(item);
+      if (Config::kPairs == 1 || exchange_sums()) store(item);
     }
   }
 
  private:
+  static constexpr int kCols = Config::kCols;
+
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+  static __device__ __forceinline__ int warpgroup() { return threadIdx.x / kWarpgroup - 1; }
+  static __device__ __forceinline__ int pair() { return warpgroup() / 2; }
   // First of the two rows of the tile that the lane holds; the other is 8 further.
   static __device__ __forceinline__ int row() {
-    return (threadIdx.x / kWarpgroup - 1) * 64 + threadIdx.x % kWarpgroup / 32 * 16 + lane() / 4;
+    return warpgroup() % 2 * 64 + threadIdx.x % kWarpgroup / 32 * 16 + lane() / 4;
   }
 
   __device__ __forceinline__ void wait_for_weight() {
     wait(shared_.weight_full[weight_place_.stage()], weight_place_.parity());
-    const WeightStage& stage = shared_.weight[weight_place_.stage()];
-    scales_[0] = stage.scales[row()];
-    scales_[1] = stage.scales[row() + 8];
   }
 
   __device__ __forceinline__ void release_weight() {
@@ -282,74 +375,63 @@ class Consumer {
     weight_place_.advance();
   }
 
-  __device__ __forceinline__ void release_x() {
+  __device__ __forceinline__ void release_x(int stage) {
     __syncwarp();
-    if (lane() == 0) arrive(shared_.x_empty[held_x_]);
+    if constexpr (Config::kCluster == 1) {
+      if (lane() == 0) arrive(shared_.x_empty[stage]);
+    } else {
+      if (lane() < Config::kCluster) arrive_remote(shared_.x_empty[stage], lane());
+    }
   }
 
-  template <int kBlock>
-  __device__ __forceinline__ float scale(int half) const {
-    const float4& four = scales_[half];
-    return kBlock == 0 ? four.x : kBlock == 1 ? four.y : kBlock == 2 ? four.z : four.w;
+  __device__ __forceinline__ int num_blocks(int step) const {
+    return min(kStepBlocks, arguments_.k / kBlockCols - step * kStepBlocks);
   }
 
-  template <int kBlock>
-  __device__ __forceinline__ void decode(Fragments& a) const {
-    const WeightStage& stage = shared_.weight[weight_place_.stage()];
-    const uint32_t selector = table_selector(lane() % 4);
+  __device__ __forceinline__ float scale(int block, int half) const {
+    constexpr int kEightRows = 8 * kStepBlocks * 4;
+    return load_shared_float(scales_ + weight_place_.stage() * kWeightStageBytes + half * kEightRows + block * 4);
+  }
+
+  __device__ __forceinline__ void decode(int block, Fragments& a) const {
+    const uint32_t source = weight_ + weight_place_.stage() * kWeightStageBytes + ((block * 32) ^ swizzle_);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const unsigned char* const bytes = stage.bytes[row() + 8 * h];
+      const float factor = Config::kIsExact ? scale(block, h) : 1.0f;
 #pragma unroll
       for (int p = 0; p < 2; ++p) {
-        const uint4 words = *reinterpret_cast<const uint4*>(bytes + ((2 * kBlock + p) ^ lane() / 4) * 16);
-        a[2 * p][h] = value<kBlock>(words.x, selector, h);
-        a[2 * p][2 + h] = value<kBlock>(words.y, selector, h);
-        a[2 * p + 1][h] = value<kBlock>(words.z, selector, h);
-        a[2 * p + 1][2 + h] = value<kBlock>(words.w, selector, h);
+        const uint4 words = load_shared_16_bytes((source ^ p * 16) + h * 8 * kStepBytes);
+        a[2 * p][h] = value(words.x, factor);
+        a[2 * p][2 + h] = value(words.y, factor);
+        a[2 * p + 1][h] = value(words.z, factor);
+        a[2 * p + 1][2 + h] = value(words.w, factor);
       }
     }
   }
 
-  template <int kBlock>
-  __device__ __forceinline__ uint32_t value(uint32_t word, uint32_t selector, int half) const {
-    if constexpr (kIsExact) {
-      const float2 pair = table_.pair(word, selector);
-      const float scaled[2] = {pair.x * scale<kBlock>(half), pair.y * scale<kBlock>(half)};
+  __device__ __forceinline__ uint32_t value(uint32_t word, float factor) const {
+    if constexpr (Config::kIsExact) {
+      const float2 pair = table_.pair(word, selector_);
+      const float scaled[2] = {pair.x * factor, pair.y * factor};
       return Word<T>::pack(scaled);
     } else {
-      return table_.pair(word, selector);
+      return table_.pair(word, selector_);
     }
   }
 
-  __device__ __forceinline__ void multiply_step(int step, const Item& item) {
-    const int num_blocks = min(kStepBlocks, arguments_.k / kBlockCols - step * kStepBlocks);
-    if (step == item.step_begin) {
-      wait_for_weight();
-      decode<0>(a_[0]);
-    }
-    const bool is_last = step + 1 == item.step_end;
-    multiply_block<0>(num_blocks, is_last);
-    if (num_blocks > 1) multiply_block<1>(num_blocks, is_last);
-    if (num_blocks > 2) multiply_block<2>(num_blocks, is_last);
-    if (num_blocks > 3) multiply_block<3>(num_blocks, is_last);
+  __device__ __forceinline__ uint64_t wait_for_x(const RingPlace<Config::kXStages>& place) {
+    wait(shared_.x_full[place.stage()], place.parity());
+    return x_ + place.stage() * (Config::kXStageBytes / 16);
   }
 
-  // Block kBlock of the step, whose fragments are decoded; decodes the next while the tensor cores work.
-  template <int kBlock>
-  __device__ __forceinline__ void multiply_block(int num_blocks, bool is_last) {
-    Fragments& a = a_[kBlock % 2];
-    const float scale_low = scale<kBlock>(0);
-    const float scale_high = scale<kBlock>(1);
-    wait(shared_.x_full[x_place_.stage()], x_place_.parity());
-    fence_shared();
+  // The products of a block of columns: added to the sums, or from zero.
+  __device__ __forceinline__ void start_products(const Fragments& a, uint64_t x) {
     fence_registers();
-    const uint64_t x = x_ + x_place_.stage() * (Stages<kTokens>::kBytes / 16);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if constexpr (kIsExact) {
+      if constexpr (Config::kIsExact) {
 #pragma unroll
-        for (int h = 0; h < kHalves; ++h) {
+        for (int h = 0; h < Config::kHalves; ++h) {
           multiply<T, kCols>(sums_[h], a[j], x + h * (kCols * 128 / 16) + j * kProductStep, true);
         }
       } else {
@@ -357,46 +439,107 @@ class Consumer {
       }
     }
     commit_products();
-    if constexpr (kIsExact) {
-      wait_for_products<1>();  // of the block before, whose fragments and stage are free now
-      if (held_x_ >= 0) release_x();
-      held_x_ = x_place_.stage();
-    }
-    if (kBlock + 1 < num_blocks) {
-      decode<(kBlock + 1) % kStepBlocks>(a_[(kBlock + 1) % 2]);
-    } else {
-      release_weight();
-      if (!is_last) {
-        wait_for_weight();
-        decode<0>(a_[(kBlock + 1) % 2]);
-      }
-    }
-    if constexpr (!kIsExact) {
-      wait_for_products<0>();
-      hold_registers(products_);
-      held_x_ = x_place_.stage();
-      release_x();
-#pragma unroll
-      for (int c = 0; c < kCols / 8; ++c) {
-        sums_[0][4 * c] = fmaf(scale_low, products_[4 * c], sums_[0][4 * c]);
-        sums_[0][4 * c + 1] = fmaf(scale_low, products_[4 * c + 1], sums_[0][4 * c + 1]);
-        sums_[0][4 * c + 2] = fmaf(scale_high, products_[4 * c + 2], sums_[0][4 * c + 2]);
-        sums_[0][4 * c + 3] = fmaf(scale_high, products_[4 * c + 3], sums_[0][4 * c + 3]);
-      }
-    }
-    x_place_.advance();
   }
 
-  __device__ __forceinline__ void store(const Item& item) {
-    const int first = item.tile * kTileRows + row();
+  // Waits for products from zero and adds them to the sums, scaled.
+  __device__ __forceinline__ void add_products(int x_stage, float scale_low, float scale_high) {
+    wait_for_products<0>();
+    hold_registers(products_);
+    release_x(x_stage);
+#pragma unroll
+    for (int c = 0; c < kCols / 8; ++c) {
+      sums_[0][4 * c] = fmaf(scale_low, products_[4 * c], sums_[0][4 * c]);
+      sums_[0][4 * c + 1] = fmaf(scale_low, products_[4 * c + 1], sums_[0][4 * c + 1]);
+      sums_[0][4 * c + 2] = fmaf(scale_high, products_[4 * c + 2], sums_[0][4 * c + 2]);
+      sums_[0][4 * c + 3] = fmaf(scale_high, products_[4 * c + 3], sums_[0][4 * c + 3]);
+    }
+  }
+
+  // Of two pairs: every second block; the other warpgroups decode while one waits for its products.
+  __device__ __forceinline__ void multiply_step(int step) {
+    const int count = num_blocks(step);
+    wait_for_weight();
+#pragma unroll 1
+    for (int block = pair(); block < count; block += Config::kPairs) {
+      decode(block, a_[0]);
+      const float scale_low = scale(block, 0);
+      const float scale_high = scale(block, 1);
+      const auto place = x_place_.plus(block);
+      start_products(a_[0], wait_for_x(place));
+      add_products(place.stage(), scale_low, scale_high);
+    }
+    release_weight();
+    x_place_.advance(count);
+  }
+
+  // Of one pair: every block, with the next decoded while the tensor cores work.
+  __device__ __forceinline__ void multiply_step_ahead(int step, const Item<Config::kCluster>& item) {
+    const int count = num_blocks(step);
+    if (step == item.step_begin) {
+      wait_for_weight();
+      decode(0, a_[0]);
+    }
+    const bool is_last = step + 1 == item.step_end;
+#pragma unroll 1
+    for (int block = 0; block < count; block += 2) {
+      multiply_block_ahead<0>(block, count, is_last);
+      if (block + 1 < count) multiply_block_ahead<1>(block + 1, count, is_last);
+    }
+  }
+
+  template <int kBuffer>
+  __device__ __forceinline__ void multiply_block_ahead(int block, int count, bool is_last) {
+    const float scale_low = Config::kIsExact ? 0.0f : scale(block, 0);
+    const float scale_high = Config::kIsExact ? 0.0f : scale(block, 1);
+    start_products(a_[kBuffer], wait_for_x(x_place_));
+    const int x_stage = x_place_.stage();
+    x_place_.advance();
+    if constexpr (Config::kIsExact) {
+      wait_for_products<1>();  // those of the block before, whose fragments and stage are free now
+      if (held_x_ >= 0) release_x(held_x_);
+      held_x_ = x_stage;
+    }
+    // A step of an odd number of blocks is the last of all, so the next step begins with buffer 0.
+    int next = block + 1;
+    if (next == count) {
+      release_weight();
+      if (!is_last) wait_for_weight();
+      next = 0;
+    }
+    if (next > 0 || !is_last) decode(next, a_[1 - kBuffer]);
+    if constexpr (!Config::kIsExact) add_products(x_stage, scale_low, scale_high);
+  }
+
+  // Adds the sums of the second pair to those of the first; false for the second, which has no more to do.
+  __device__ __forceinline__ bool exchange_sums() {
+    constexpr int kCount = 2 * kWarpgroup;
+    float* const place = exchange_ + (threadIdx.x - kWarpgroup) % kCount;
+    if (pair() == 1) {
+#pragma unroll
+      for (int i = 0; i < kCols / 2; ++i) place[i * kCount] = sums_[0][i];
+    }
+    synchronize_consumers();
+    if (pair() == 0) {
+#pragma unroll
+      for (int i = 0; i < kCols / 2; ++i) sums_[0][i] += place[i * kCount];
+    }
+    synchronize_consumers();
+    return pair() == 0;
+  }
+
+  static __device__ __forceinline__ void synchronize_consumers() {
+    asm volatile("bar.sync 1, %0;" ::"n"(Config::kThreads - kWarpgroup) : "memory");
+  }
+
+  __device__ __forceinline__ void store(const Item<Config::kCluster>& item) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int n = first + 8 * half;
+      const int n = item.first_row + row() + 8 * half;
       if (n >= arguments_.n) continue;
       const bool has_bias = arguments_.parts == nullptr && arguments_.bias != nullptr;
       const float bias = has_bias ? to_float(static_cast<const T*>(arguments_.bias)[n]) : 0.0f;
 #pragma unroll
-      for (int h = 0; h < kHalves; ++h) {
+      for (int h = 0; h < Config::kHalves; ++h) {
 #pragma unroll
         for (int i = 0; i < kCols / 4; ++i) {
           const int token = h * kCols + i / 2 * 8 + lane() % 4 * 2 + i % 2;
@@ -405,7 +548,8 @@ class Consumer {
           if (arguments_.parts != nullptr) {
             arguments_.parts[(int64_t{item.part} * arguments_.m + token) * arguments_.n + n] = sum;
           } else {
-            static_cast<T*>(arguments_.y)[int64_t{token} * arguments_.n + n] = from_float<T>(has_bias ? sum + bias : sum);
+            static_cast<T*>(arguments_.y)[int64_t{token} * arguments_.n + n] =
+                from_float<T>(has_bias ? sum + bias : sum);
           }
         }
       }
@@ -414,51 +558,67 @@ class Consumer {
 
   const Arguments& arguments_;
   Shared& shared_;
-  Table table_;
+  typename Config::Table table_;
   uint64_t x_;  // descriptor of the first stage
+  float* exchange_;
+  uint32_t selector_;
+  uint32_t weight_;   // shared addresses in the first stage of W: of the row's bytes
+  uint32_t scales_;   // and of its scales
+  uint32_t swizzle_;  // of the row
   RingPlace<kWeightStages> weight_place_;
-  RingPlace<Stages<kTokens>::kCount> x_place_;
+  RingPlace<Config::kXStages> x_place_;
   int held_x_ = -1;  // stage that products in flight may read
-  float4 scales_[2];
   Fragments a_[2];
-  float sums_[kHalves][kCols / 2];
-  float products_[kIsExact ? 1 : kCols / 2];
+  float sums_[Config::kHalves][kCols / 2];
+  float products_[kCols / 2];  // of a block, not yet scaled
 };
 
 #endif
 
-template <typename T, int kTokens, bool kIsNested>
-__global__ __launch_bounds__(kThreads, 1) void wide_kernel(const __grid_constant__ Arguments arguments,
-                                                           const __grid_constant__ typename TableOf<kTokens, T>::Table::Values
-                                                               values) {
+template <typename T, typename Config, bool kIsNested>
+__global__ __launch_bounds__(Config::kThreads, 1) void wide_kernel(
+    const __grid_constant__ Arguments arguments, const __grid_constant__ CUtensorMap weight_map,
+    const __grid_constant__ CUtensorMap x_map,
+    const __grid_constant__ typename Config::Table::Values values) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   unsigned char* const table = shared_bytes + (kTableAlignment - shared_address(shared_bytes) % kTableAlignment);
   unsigned char* const x_stages = table + kTableAlignment;
+  constexpr int kWarpsOfPair = 2 * kWarpgroup / 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kWeightStages; ++i) {
-      init_barrier(shared.weight_full[i], 2 * kWarpgroup);  // copies and scales
-      init_barrier(shared.weight_empty[i], kConsumers * 4);
+      init_barrier(shared.weight_full[i], kScaleThreads + 1);
+      init_barrier(shared.weight_empty[i], Config::kPairs * kWarpsOfPair);
     }
-    for (int i = 0; i < Stages<kTokens>::kCount; ++i) {
-      init_barrier(shared.x_full[i], kWarpgroup);
-      init_barrier(shared.x_empty[i], kConsumers * 4);
+    for (int i = 0; i < Config::kXStages; ++i) {
+      init_barrier(shared.x_full[i], 1);
+      init_barrier(shared.x_empty[i], Config::kCluster * kWarpsOfPair);
     }
     publish_barriers();
   }
-  TableOf<kTokens, T>::Table::template fill<kThreads>(table, values);
+  Config::Table::template fill<Config::kThreads>(table, values);
   cudaGridDependencySynchronize();
   if (kIsNested && threadIdx.x < 256) shared.nested_code[threadIdx.x] = arguments.scales.nested_code[threadIdx.x];
   __syncthreads();
+  if constexpr (Config::kCluster > 1) synchronize_cluster();
   cudaTriggerProgrammaticLaunchCompletion();
   if (threadIdx.x < kWarpgroup) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-    copy_operands<kTokens, kIsNested>(arguments, shared, x_stages);
+    limit_registers<Config::kCopyRegisters, false>();
+    if (threadIdx.x < kScaleThreads) {
+      copy_scales<Config, kIsNested>(arguments, shared);
+    } else if (threadIdx.x < kScaleThreads + 32) {
+      copy_x<Config>(arguments, x_map, shared, x_stages);
+    } else {
+      copy_weight<Config>(arguments, weight_map, shared);
+    }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-    Consumer<T, kTokens>(arguments, shared, table, x_stages).run();
+    limit_registers<Config::kRegisters, true>();
+    float* const exchange = reinterpret_cast<float*>(x_stages + Config::kXStages * Config::kXStageBytes);
+    Consumer<T, Config>(arguments, shared, table, x_stages, exchange).run();
   }
+  // A block may leave only when none of its cluster copies to it any more.
+  if constexpr (Config::kCluster > 1) synchronize_cluster();
 #else
   __trap();  // supports_wide_sm90 lets no device here that this was not compiled for.
 #endif
@@ -488,6 +648,31 @@ void dispatch_tokens(int tokens, Function&& f) {
   fail(QLORA_INTERNAL_ERROR, "dispatch_tokens: expected 16 to 256, got ", tokens);
 }
 
+template <typename T, typename Config, bool kIsNested>
+void launch_wide(const Arguments& arguments, const CUtensorMap& weight_map, const CUtensorMap& x_map, const typename Config::Table::Values& values,
+                 const Device& device, cudaStream_t stream) {
+  const auto kernel = wide_kernel<T, Config, kIsNested>;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<Config>),
+             "cudaFuncSetAttribute(wide_kernel)");
+  std::array<cudaLaunchAttribute, 2> attributes = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = Config::kCluster;
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
+  const int64_t num_items = ceil_div(arguments.n, kTileRows * Config::kCluster) * arguments.num_parts;
+  const int64_t num_clusters = std::min<int64_t>(num_items, device.num_multiprocessors / Config::kCluster);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(num_clusters * Config::kCluster));
+  config.blockDim = dim3(Config::kThreads);
+  config.dynamicSmemBytes = kSharedBytes<Config>;
+  config.stream = stream;
+  config.attrs = attributes.data();
+  config.numAttrs = static_cast<unsigned>(attributes.size());
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, weight_map, x_map, values), "wide_kernel");
+}
+
 int64_t num_tiles_of(const Gemm& problem) { return ceil_div(problem.weight.rows, kTileRows); }
 
 int num_parts_of(const Gemm& problem, const Device& device) {
@@ -505,7 +690,6 @@ std::string supports_wide_sm90(const Gemm& problem, const Device& device) {
   if (weight.block_size < kBlockCols) return concat("block_size: expected at least ", kBlockCols);
   if (weight.cols < 1 || weight.cols % kBlockCols != 0) return concat("k: expected a multiple of ", kBlockCols);
   if (weight.rows < 1 || weight.rows > (1 << 30) || weight.cols > (1 << 30)) return "n, k: expected 1 to 2^30";
-  if (!is_aligned(weight.packed, 16) || !is_aligned(problem.input, 16)) return "expected operands aligned to 16 bytes";
   return "";
 }
 
@@ -531,32 +715,28 @@ void wide_sm90(const Gemm& problem, const Device& device, cudaStream_t stream) {
   arguments.k = static_cast<int>(weight.cols);
   arguments.are_scales_aligned = weight.block_size == kBlockCols && weight.cols % kStepCols == 0 &&
                                  is_aligned(weight.absmax_codes, 4) && is_aligned(weight.absmax, 16);
+  arguments.is_weight_aligned = is_aligned(weight.packed, 16);
+  arguments.is_x_aligned = is_aligned(problem.input, 16);
   dispatch_dtype(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (!std::is_same_v<T, float>) {
       dispatch_bool(is_nested, [&](auto nested) {
         dispatch_tokens(tokens_of(problem.m), [&](auto tokens) {
-          using TableKind = TableOf<tokens(), T>;
-          if constexpr (TableKind::kIsExact) {
+          using Kind = Config<T, tokens()>;
+          if constexpr (Kind::kIsExact) {
             arguments.table_scale_inverse = 1.0f;
           } else {
             arguments.table_scale_inverse = 1.0f / PairTable<T>::scale(format);
           }
-          const auto kernel = wide_kernel<T, tokens(), nested()>;
-          check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<tokens()>),
-                     "cudaFuncSetAttribute(wide_kernel)");
-          cudaLaunchAttribute attribute = {};
-          attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-          attribute.val.programmaticStreamSerializationAllowed = 1;
-          cudaLaunchConfig_t config = {};
-          const int64_t items = num_tiles_of(problem) * arguments.num_parts;
-          config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(items, device.num_multiprocessors)));
-          config.blockDim = dim3(kThreads);
-          config.dynamicSmemBytes = kSharedBytes<tokens()>;
-          config.stream = stream;
-          config.attrs = &attribute;
-          config.numAttrs = 1;
-          check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, TableKind::Table::values(format)), "wide_kernel");
+          CUtensorMap weight_map = {};
+          CUtensorMap x_map = {};
+          if (arguments.is_weight_aligned) {
+            weight_map = describe_matrix(weight.packed, 1, weight.rows, weight.cols / 2, kTileRows);
+          }
+          if (arguments.is_x_aligned) {
+            x_map = describe_matrix(problem.input, 2, problem.m, weight.cols, tokens() / Kind::kCluster);
+          }
+          launch_wide<T, Kind, nested()>(arguments, weight_map, x_map, Kind::Table::values(format), device, stream);
         });
       });
     }
