@@ -47,13 +47,14 @@ class PairTable {
     return values;
   }
 
-  // Every warp of the block must call it, before a barrier. `values` in constant memory, so that nothing is waited for.
+  // By kThreads threads, of whole warps, before a barrier among those that read the table. `values` in constant memory, so
+  // that nothing is waited for.
   template <int kThreads>
-  static __device__ __forceinline__ void fill(unsigned char* table, const Values& values) {
-    const int lane = threadIdx.x % 32;
+  static __device__ __forceinline__ void fill(unsigned char* table, const Values& values, int thread = threadIdx.x) {
+    const int lane = thread % 32;
     const float value = values.of_code[lane % kNumCodes];
 #pragma unroll 16
-    for (int entry = threadIdx.x / 32; entry < 256; entry += kThreads / 32) {
+    for (int entry = thread / 32; entry < 256; entry += kThreads / 32) {
       const float pair[2] = {__shfl_sync(0xFFFFFFFFu, value, entry / kNumCodes),
                              __shfl_sync(0xFFFFFFFFu, value, entry % kNumCodes)};
       reinterpret_cast<uint32_t*>(table + entry * 256)[lane] = Word<T>::pack(pair);

@@ -7,11 +7,10 @@
 //             have neighbouring tiles, copy a half each to both
 //   W         through a ring of stages of 128 x 256; the warps that copy its scales decode them
 //   decode    lane i of a quad owns byte i of every 32-bit word, as the operand's layout and the order of x ask
-//   scale     up to 128 rows: the table's pair as it is, the products of 64 columns of W summed from zero and then scaled
-//             in fp32; above: fp32 values, scaled and rounded to the dtype, since registers hold no second sum
+//   scale     the table's pair as it is: the products of 64 columns of W are summed from zero and then scaled, in fp32
 //   parts     where tiles are fewer than multiprocessors k is split: fp32 parts in the workspace, added in their order
 //
-// Rounding: see PairTable up to 128 rows; above, weights rounded to the dtype as dequantize_4bit rounds them.
+// Rounding: see PairTable; fp32 sums; y.
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -47,19 +46,19 @@ constexpr int kMaxXStages = 8;
 
 template <typename T, int kTokens>
 struct Config {
-  static constexpr bool kIsExact = kTokens > 128;
-  static constexpr int kPairs = kTokens <= 64 ? 2 : 1;  // of warpgroups that multiply
-  static constexpr int kThreads = kWarpgroup * (1 + 2 * kPairs);
+  static constexpr int kPairs = kTokens <= 32 ? 2 : 1;  // of warpgroups that multiply
+  static constexpr int kConsumers = 2 * kPairs * kWarpgroup;
+  static constexpr int kThreads = kWarpgroup + kConsumers;
   static constexpr int kCluster = kTokens >= 64 ? 2 : 1;
   static constexpr int kXStages = kTokens == 256 ? 3 : kTokens == 128 ? 6 : kMaxXStages;
   static constexpr int kXStageBytes = kTokens * kBlockCols * 2;
   static constexpr int kCols = kTokens < 128 ? kTokens : 128;  // of a product
   static constexpr int kHalves = kTokens / kCols;
+  static constexpr int kBuffers = kHalves == 1 ? 2 : 1;  // of fragments; with 2 the next block is decoded ahead
   static constexpr int kExchangeBytes = (kPairs - 1) * kTileRows * kTokens * 4;
   // Registers of a thread that copies and of one that multiplies: together those of the launch.
-  static constexpr int kCopyRegisters = kPairs == 2 ? 64 : 88;
-  static constexpr int kRegisters = kPairs == 2 ? 104 : 208;
-  using Table = std::conditional_t<kIsExact, FloatPairTable, PairTable<T>>;
+  static constexpr int kCopyRegisters = kPairs == 2 ? 64 : 56;
+  static constexpr int kRegisters = kPairs == 2 ? 104 : 224;
 };
 
 struct Arguments {
@@ -95,7 +94,7 @@ struct Shared {
   Barrier x_full[kMaxXStages];
   Barrier x_empty[kMaxXStages];
 };
-constexpr int kTableAlignment = FloatPairTable::kBytes;
+constexpr int kTableAlignment = PairTable<__half>::kBytes;
 constexpr int kReservedBytes = 1024;  // that CUDA puts before a block's shared memory
 static_assert(sizeof(Shared) + kReservedBytes <= kTableAlignment);
 
@@ -138,54 +137,39 @@ struct Item {
   }
 };
 
-// What a thread reads of a row's scales of a step, not yet decoded.
+// A row's 4 scales of a step, on their way: load asks for them, decode waits.
 template <bool kIsNested>
-struct RawScales {
-  uint32_t codes = 0;
-  float values[kStepBlocks] = {};  // absmax, or nested_absmax
+struct RowScales {
+  uint32_t codes;
+  float4 values;  // absmax; nested_absmax in x
 
   __device__ __forceinline__ void load(const Arguments& arguments, int row, int step) {
-    const Scales& scales = arguments.scales;
-    const int64_t first = int64_t{row} * arguments.k + step * kStepCols;
-    if (arguments.are_scales_aligned) {
-      const int64_t block = first / kBlockCols;
-      if constexpr (kIsNested) {
-        codes = *reinterpret_cast<const uint32_t*>(scales.codes + block);
-        const float absmax = scales.nested_absmax[block / kNestedBlockSize];
-#pragma unroll
-        for (float& value : values) value = absmax;
-      } else {
-        const float4 four = *reinterpret_cast<const float4*>(scales.absmax + block);
-        values[0] = four.x;
-        values[1] = four.y;
-        values[2] = four.z;
-        values[3] = four.w;
-      }
-      return;
-    }
-    codes = 0;
-#pragma unroll
-    for (int i = 0; i < kStepBlocks; ++i) {
-      if (step * kStepCols + i * kBlockCols >= arguments.k) break;
-      const int64_t block = (first + i * kBlockCols) >> scales.log2_block_size;
-      if constexpr (kIsNested) {
-        codes |= static_cast<uint32_t>(scales.codes[block]) << i * 8;
-        values[i] = scales.nested_absmax[block / kNestedBlockSize];
-      } else {
-        values[i] = scales.absmax[block];
-      }
+    if (!arguments.are_scales_aligned) return;
+    const int64_t block = (int64_t{row} * arguments.k + step * kStepCols) / kBlockCols;
+    if constexpr (kIsNested) {
+      codes = *reinterpret_cast<const uint32_t*>(arguments.scales.codes + block);
+      values.x = arguments.scales.nested_absmax[block / kNestedBlockSize];
+    } else {
+      values = *reinterpret_cast<const float4*>(arguments.scales.absmax + block);
     }
   }
 
-  __device__ __forceinline__ float4 decode(const float* nested_code, float nested_offset, float factor) const {
-    float scales[kStepBlocks];
+  __device__ __forceinline__ float4 decode(const Arguments& arguments, int row, int step, const float* nested_code,
+                                           float nested_offset) const {
+    if (!arguments.are_scales_aligned) return load_plainly(arguments, row, step);
+    if constexpr (!kIsNested) return values;
+    const auto scale = [&](int i) {
+      return __fadd_rn(__fmul_rn(nested_code[codes >> i * 8 & 0xFF], values.x), nested_offset);
+    };
+    return make_float4(scale(0), scale(1), scale(2), scale(3));
+  }
+
+  static __device__ __noinline__ float4 load_plainly(const Arguments& arguments, int row, int step) {
+    float scales[kStepBlocks] = {};
 #pragma unroll
     for (int i = 0; i < kStepBlocks; ++i) {
-      scales[i] = values[i];
-      if constexpr (kIsNested) {
-        scales[i] = __fadd_rn(__fmul_rn(nested_code[codes >> i * 8 & 0xFF], values[i]), nested_offset);
-      }
-      scales[i] *= factor;
+      const int col = step * kStepCols + i * kBlockCols;
+      if (col < arguments.k) scales[i] = load_scale(arguments.scales, int64_t{row} * arguments.k + col);
     }
     return make_float4(scales[0], scales[1], scales[2], scales[3]);
   }
@@ -219,15 +203,20 @@ __device__ __forceinline__ void copy_scales(const Arguments& arguments, Shared& 
   constexpr int kScaleRows = kTileRows / kScaleThreads;
   const int thread = threadIdx.x;
   const int last_row = arguments.n - 1;  // that rows behind the last repeat
-  const float nested_offset = kIsNested ? *arguments.scales.nested_offset : 0.0f;
+  float nested_offset = 0.0f;
+  if constexpr (kIsNested) {
+    nested_offset = *arguments.scales.nested_offset;
+    for (int i = thread; i < 256; i += kScaleThreads) shared.nested_code[i] = arguments.scales.nested_code[i];
+    asm volatile("bar.sync 4, %0;" ::"n"(kScaleThreads) : "memory");
+  }
   RingPlace<kWeightStages> place;
   const Items<Config::kCluster> items(arguments);
   for (int index = items.first(); index < items.count; index += items.stride()) {
     const Item<Config::kCluster> item(arguments, items, index);
-    RawScales<kIsNested> raw[kScaleRows];
+    RowScales<kIsNested> scales[kScaleRows];
 #pragma unroll
     for (int i = 0; i < kScaleRows; ++i) {
-      raw[i].load(arguments, min(item.first_row + thread + i * kScaleThreads, last_row), item.step_begin);
+      scales[i].load(arguments, min(item.first_row + thread + i * kScaleThreads, last_row), item.step_begin);
     }
     for (int step = item.step_begin; step < item.step_end; ++step) {
       WeightStage& stage = shared.weight[place.stage()];
@@ -235,9 +224,13 @@ __device__ __forceinline__ void copy_scales(const Arguments& arguments, Shared& 
 #pragma unroll
       for (int i = 0; i < kScaleRows; ++i) {
         const int row = min(item.first_row + thread + i * kScaleThreads, last_row);
-        *reinterpret_cast<float4*>(stage.scales[thread + i * kScaleThreads]) =
-            raw[i].decode(shared.nested_code, nested_offset, arguments.table_scale_inverse);
-        if (step + 1 < item.step_end) raw[i].load(arguments, row, step + 1);
+        float4 four = scales[i].decode(arguments, row, step, shared.nested_code, nested_offset);
+        four.x *= arguments.table_scale_inverse;
+        four.y *= arguments.table_scale_inverse;
+        four.z *= arguments.table_scale_inverse;
+        four.w *= arguments.table_scale_inverse;
+        *reinterpret_cast<float4*>(stage.scales[thread + i * kScaleThreads]) = four;
+        if (step + 1 < item.step_end) scales[i].load(arguments, row, step + 1);
       }
       if (!arguments.is_weight_aligned) copy_weight_plainly(arguments, item.first_row, step, stage);
       arrive(shared.weight_full[place.stage()]);
@@ -252,6 +245,14 @@ __device__ __forceinline__ void copy_weight(const Arguments& arguments, const CU
   if (threadIdx.x % 32 != 0) return;
   RingPlace<kWeightStages> place;
   const Items<Config::kCluster> items(arguments);
+  if (arguments.is_weight_aligned) {
+    // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
+    const Item<Config::kCluster> item(arguments, items, items.first());
+    for (int step = item.step_begin; step < min(item.step_begin + kWeightStages, item.step_end); ++step) {
+      prefetch_box_to_l2(map, step * kStepBytes, item.first_row);
+    }
+  }
+  cudaGridDependencySynchronize();
   for (int index = items.first(); index < items.count; index += items.stride()) {
     const Item<Config::kCluster> item(arguments, items, index);
     for (int step = item.step_begin; step < item.step_end; ++step) {
@@ -313,6 +314,11 @@ __device__ __forceinline__ void copy_x(const Arguments& arguments, const CUtenso
 // The operand fragments of a lane for a block of 64 columns: 4 products of 16.
 using Fragments = uint32_t[4][4];
 
+template <int kCount>
+__device__ __forceinline__ void synchronize_consumers() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kCount) : "memory");
+}
+
 // A warpgroup that multiplies.
 template <typename T, typename Config>
 class Consumer {
@@ -324,13 +330,16 @@ class Consumer {
         table_(table),
         x_(describe_columns(x_stages)),
         exchange_(exchange),
-        selector_(keep(table_selector(lane() % 4))),
+        lane_(keep(threadIdx.x % 32)),
+        pair_(keep(warpgroup() / 2)),
+        selector_(keep(table_selector(threadIdx.x % 4))),
         weight_(keep(shared_address(shared.weight[0].bytes[row()]))),
         scales_(keep(shared_address(shared.weight[0].scales[row()]))),
-        swizzle_(keep(lane() / 4 * 16)) {}
+        swizzle_(keep(threadIdx.x % 32 / 4 * 16)) {}
 
   __device__ __forceinline__ void run() {
     const Items<Config::kCluster> items(arguments_);
+    if (Config::kPairs == 1 && warpgroup() == 1) give_turn();
     for (int index = items.first(); index < items.count; index += items.stride()) {
       const Item<Config::kCluster> item(arguments_, items, index);
 #pragma unroll
@@ -338,31 +347,21 @@ class Consumer {
 #pragma unroll
         for (float& sum : half) sum = 0.0f;
       }
-      for (int step = item.step_begin; step < item.step_end; ++step) {
-        if constexpr (Config::kPairs == 2) {
-          multiply_step(step);
-        } else {
-          multiply_step_ahead(step, item);
-        }
-      }
-      if constexpr (Config::kIsExact) {
-        wait_for_products<0>();
-        release_x(held_x_);
-        held_x_ = -1;
-      }
+      for (int step = item.step_begin; step < item.step_end; ++step) multiply_step(step, item);
       if (Config::kPairs == 1 || exchange_sums()) store(item);
     }
+    if (Config::kPairs == 1 && warpgroup() == 0) wait_for_turn();
   }
 
  private:
   static constexpr int kCols = Config::kCols;
 
-  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   static __device__ __forceinline__ int warpgroup() { return threadIdx.x / kWarpgroup - 1; }
-  static __device__ __forceinline__ int pair() { return warpgroup() / 2; }
+  __device__ __forceinline__ int lane() const { return static_cast<int>(lane_); }
+  __device__ __forceinline__ int pair() const { return Config::kPairs == 1 ? 0 : static_cast<int>(pair_); }
   // First of the two rows of the tile that the lane holds; the other is 8 further.
   static __device__ __forceinline__ int row() {
-    return warpgroup() % 2 * 64 + threadIdx.x % kWarpgroup / 32 * 16 + lane() / 4;
+    return warpgroup() % 2 * 64 + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
   }
 
   __device__ __forceinline__ void wait_for_weight() {
@@ -397,25 +396,14 @@ class Consumer {
     const uint32_t source = weight_ + weight_place_.stage() * kWeightStageBytes + ((block * 32) ^ swizzle_);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float factor = Config::kIsExact ? scale(block, h) : 1.0f;
 #pragma unroll
       for (int p = 0; p < 2; ++p) {
         const uint4 words = load_shared_16_bytes((source ^ p * 16) + h * 8 * kStepBytes);
-        a[2 * p][h] = value(words.x, factor);
-        a[2 * p][2 + h] = value(words.y, factor);
-        a[2 * p + 1][h] = value(words.z, factor);
-        a[2 * p + 1][2 + h] = value(words.w, factor);
+        a[2 * p][h] = table_.pair(words.x, selector_);
+        a[2 * p][2 + h] = table_.pair(words.y, selector_);
+        a[2 * p + 1][h] = table_.pair(words.z, selector_);
+        a[2 * p + 1][2 + h] = table_.pair(words.w, selector_);
       }
-    }
-  }
-
-  __device__ __forceinline__ uint32_t value(uint32_t word, float factor) const {
-    if constexpr (Config::kIsExact) {
-      const float2 pair = table_.pair(word, selector_);
-      const float scaled[2] = {pair.x * factor, pair.y * factor};
-      return Word<T>::pack(scaled);
-    } else {
-      return table_.pair(word, selector_);
     }
   }
 
@@ -424,90 +412,79 @@ class Consumer {
     return x_ + place.stage() * (Config::kXStageBytes / 16);
   }
 
-  // The products of a block of columns: added to the sums, or from zero.
+  // Two warpgroups take turns at the tensor cores, so that one adds up its products while the other's are computed.
+  static __device__ __forceinline__ void wait_for_turn() {
+    asm volatile("bar.sync %0, %1;" ::"r"(2 + warpgroup()), "n"(2 * kWarpgroup) : "memory");
+  }
+  static __device__ __forceinline__ void give_turn() {
+    asm volatile("bar.arrive %0, %1;" ::"r"(3 - warpgroup()), "n"(2 * kWarpgroup) : "memory");
+  }
+
+  // The products of a block of columns and of a half of x, from zero.
   __device__ __forceinline__ void start_products(const Fragments& a, uint64_t x) {
+    if constexpr (Config::kPairs == 1) wait_for_turn();
     fence_registers();
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if constexpr (Config::kIsExact) {
-#pragma unroll
-        for (int h = 0; h < Config::kHalves; ++h) {
-          multiply<T, kCols>(sums_[h], a[j], x + h * (kCols * 128 / 16) + j * kProductStep, true);
-        }
-      } else {
-        multiply<T, kCols>(products_, a[j], x + j * kProductStep, j > 0);
-      }
-    }
+    for (int j = 0; j < 4; ++j) multiply<T, kCols>(products_, a[j], x + j * kProductStep, j > 0);
     commit_products();
+    if constexpr (Config::kPairs == 1) give_turn();
   }
 
-  // Waits for products from zero and adds them to the sums, scaled.
-  __device__ __forceinline__ void add_products(int x_stage, float scale_low, float scale_high) {
-    wait_for_products<0>();
-    hold_registers(products_);
-    release_x(x_stage);
+  __device__ __forceinline__ void add_products(float (&sums)[kCols / 2], float scale_low, float scale_high) {
 #pragma unroll
     for (int c = 0; c < kCols / 8; ++c) {
-      sums_[0][4 * c] = fmaf(scale_low, products_[4 * c], sums_[0][4 * c]);
-      sums_[0][4 * c + 1] = fmaf(scale_low, products_[4 * c + 1], sums_[0][4 * c + 1]);
-      sums_[0][4 * c + 2] = fmaf(scale_high, products_[4 * c + 2], sums_[0][4 * c + 2]);
-      sums_[0][4 * c + 3] = fmaf(scale_high, products_[4 * c + 3], sums_[0][4 * c + 3]);
+      sums[4 * c] = fmaf(scale_low, products_[4 * c], sums[4 * c]);
+      sums[4 * c + 1] = fmaf(scale_low, products_[4 * c + 1], sums[4 * c + 1]);
+      sums[4 * c + 2] = fmaf(scale_high, products_[4 * c + 2], sums[4 * c + 2]);
+      sums[4 * c + 3] = fmaf(scale_high, products_[4 * c + 3], sums[4 * c + 3]);
     }
   }
 
-  // Of two pairs: every second block; the other warpgroups decode while one waits for its products.
-  __device__ __forceinline__ void multiply_step(int step) {
+  // The warpgroup's blocks of a step: all, or of two pairs every second.
+  __device__ __forceinline__ void multiply_step(int step, const Item<Config::kCluster>& item) {
     const int count = num_blocks(step);
-    wait_for_weight();
+    if (Config::kBuffers == 1 || step == item.step_begin) wait_for_weight();
+    if (Config::kBuffers == 2 && step == item.step_begin && pair() < count) decode(pair(), a_[0]);
+    const bool is_last = step + 1 == item.step_end;
 #pragma unroll 1
-    for (int block = pair(); block < count; block += Config::kPairs) {
-      decode(block, a_[0]);
-      const float scale_low = scale(block, 0);
-      const float scale_high = scale(block, 1);
-      const auto place = x_place_.plus(block);
-      start_products(a_[0], wait_for_x(place));
-      add_products(place.stage(), scale_low, scale_high);
+    for (int block = pair(); block < count; block += Config::kPairs * Config::kBuffers) {
+      multiply_block<0>(block, count, is_last);
+      if constexpr (Config::kBuffers == 2) {
+        if (block + Config::kPairs < count) multiply_block<1>(block + Config::kPairs, count, is_last);
+      }
     }
-    release_weight();
+    if (Config::kBuffers == 1 || pair() >= count) release_weight();
     x_place_.advance(count);
   }
 
-  // Of one pair: every block, with the next decoded while the tensor cores work.
-  __device__ __forceinline__ void multiply_step_ahead(int step, const Item<Config::kCluster>& item) {
-    const int count = num_blocks(step);
-    if (step == item.step_begin) {
-      wait_for_weight();
-      decode(0, a_[0]);
-    }
-    const bool is_last = step + 1 == item.step_end;
-#pragma unroll 1
-    for (int block = 0; block < count; block += 2) {
-      multiply_block_ahead<0>(block, count, is_last);
-      if (block + 1 < count) multiply_block_ahead<1>(block + 1, count, is_last);
+  template <int kBuffer>
+  __device__ __forceinline__ void multiply_block(int block, int count, bool is_last) {
+    const float scale_low = scale(block, 0);
+    const float scale_high = scale(block, 1);
+    const auto place = x_place_.plus(block);
+    if constexpr (Config::kBuffers == 1) decode(block, a_[0]);
+    const uint64_t x = wait_for_x(place);
+    start_products(a_[kBuffer], x);
+    if constexpr (Config::kBuffers == 2) decode_ahead(block + Config::kPairs, count, is_last, a_[1 - kBuffer]);
+#pragma unroll
+    for (int h = 0; h < Config::kHalves; ++h) {
+      wait_for_products<0>();
+      hold_registers(products_);
+      if (h == Config::kHalves - 1) release_x(place.stage());
+      add_products(sums_[h], scale_low, scale_high);
+      if (h < Config::kHalves - 1) start_products(a_[kBuffer], x + (h + 1) * (kCols * 128 / 16));
     }
   }
 
-  template <int kBuffer>
-  __device__ __forceinline__ void multiply_block_ahead(int block, int count, bool is_last) {
-    const float scale_low = Config::kIsExact ? 0.0f : scale(block, 0);
-    const float scale_high = Config::kIsExact ? 0.0f : scale(block, 1);
-    start_products(a_[kBuffer], wait_for_x(x_place_));
-    const int x_stage = x_place_.stage();
-    x_place_.advance();
-    if constexpr (Config::kIsExact) {
-      wait_for_products<1>();  // those of the block before, whose fragments and stage are free now
-      if (held_x_ >= 0) release_x(held_x_);
-      held_x_ = x_stage;
-    }
-    // A step of an odd number of blocks is the last of all, so the next step begins with buffer 0.
-    int next = block + 1;
-    if (next == count) {
+  // A step of another number of blocks than kStepBlocks is the last of all, so each begins with the first buffer.
+  __device__ __forceinline__ void decode_ahead(int block, int count, bool is_last, Fragments& a) {
+    if (block >= count) {
       release_weight();
-      if (!is_last) wait_for_weight();
-      next = 0;
+      if (is_last) return;
+      wait_for_weight();
+      block = pair();
     }
-    if (next > 0 || !is_last) decode(next, a_[1 - kBuffer]);
-    if constexpr (!Config::kIsExact) add_products(x_stage, scale_low, scale_high);
+    decode(block, a);
   }
 
   // Adds the sums of the second pair to those of the first; false for the second, which has no more to do.
@@ -518,17 +495,13 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < kCols / 2; ++i) place[i * kCount] = sums_[0][i];
     }
-    synchronize_consumers();
+    synchronize_consumers<Config::kConsumers>();
     if (pair() == 0) {
 #pragma unroll
       for (int i = 0; i < kCols / 2; ++i) sums_[0][i] += place[i * kCount];
     }
-    synchronize_consumers();
+    synchronize_consumers<Config::kConsumers>();
     return pair() == 0;
-  }
-
-  static __device__ __forceinline__ void synchronize_consumers() {
-    asm volatile("bar.sync 1, %0;" ::"n"(Config::kThreads - kWarpgroup) : "memory");
   }
 
   __device__ __forceinline__ void store(const Item<Config::kCluster>& item) const {
@@ -558,19 +531,20 @@ class Consumer {
 
   const Arguments& arguments_;
   Shared& shared_;
-  typename Config::Table table_;
+  PairTable<T> table_;
   uint64_t x_;  // descriptor of the first stage
   float* exchange_;
+  uint32_t lane_;
+  uint32_t pair_;
   uint32_t selector_;
   uint32_t weight_;   // shared addresses in the first stage of W: of the row's bytes
   uint32_t scales_;   // and of its scales
   uint32_t swizzle_;  // of the row
   RingPlace<kWeightStages> weight_place_;
   RingPlace<Config::kXStages> x_place_;
-  int held_x_ = -1;  // stage that products in flight may read
-  Fragments a_[2];
+  Fragments a_[Config::kBuffers];
   float sums_[Config::kHalves][kCols / 2];
-  float products_[kCols / 2];  // of a block, not yet scaled
+  float products_[kCols / 2];  // not yet scaled
 };
 
 #endif
@@ -578,8 +552,7 @@ class Consumer {
 template <typename T, typename Config, bool kIsNested>
 __global__ __launch_bounds__(Config::kThreads, 1) void wide_kernel(
     const __grid_constant__ Arguments arguments, const __grid_constant__ CUtensorMap weight_map,
-    const __grid_constant__ CUtensorMap x_map,
-    const __grid_constant__ typename Config::Table::Values values) {
+    const __grid_constant__ CUtensorMap x_map, const __grid_constant__ typename PairTable<T>::Values values) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
@@ -597,23 +570,25 @@ __global__ __launch_bounds__(Config::kThreads, 1) void wide_kernel(
     }
     publish_barriers();
   }
-  Config::Table::template fill<Config::kThreads>(table, values);
-  cudaGridDependencySynchronize();
-  if (kIsNested && threadIdx.x < 256) shared.nested_code[threadIdx.x] = arguments.scales.nested_code[threadIdx.x];
   __syncthreads();
   if constexpr (Config::kCluster > 1) synchronize_cluster();
-  cudaTriggerProgrammaticLaunchCompletion();
   if (threadIdx.x < kWarpgroup) {
     limit_registers<Config::kCopyRegisters, false>();
     if (threadIdx.x < kScaleThreads) {
+      cudaGridDependencySynchronize();
       copy_scales<Config, kIsNested>(arguments, shared);
     } else if (threadIdx.x < kScaleThreads + 32) {
+      cudaGridDependencySynchronize();
       copy_x<Config>(arguments, x_map, shared, x_stages);
     } else {
       copy_weight<Config>(arguments, weight_map, shared);
     }
   } else {
     limit_registers<Config::kRegisters, true>();
+    PairTable<T>::template fill<Config::kConsumers>(table, values, threadIdx.x - kWarpgroup);
+    synchronize_consumers<Config::kConsumers>();
+    cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion();
     float* const exchange = reinterpret_cast<float*>(x_stages + Config::kXStages * Config::kXStageBytes);
     Consumer<T, Config>(arguments, shared, table, x_stages, exchange).run();
   }
@@ -649,7 +624,7 @@ void dispatch_tokens(int tokens, Function&& f) {
 }
 
 template <typename T, typename Config, bool kIsNested>
-void launch_wide(const Arguments& arguments, const CUtensorMap& weight_map, const CUtensorMap& x_map, const typename Config::Table::Values& values,
+void launch_wide(const Arguments& arguments, const CUtensorMap& weight_map, const CUtensorMap& x_map, const typename PairTable<T>::Values& values,
                  const Device& device, cudaStream_t stream) {
   const auto kernel = wide_kernel<T, Config, kIsNested>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<Config>),
@@ -723,11 +698,7 @@ void wide_sm90(const Gemm& problem, const Device& device, cudaStream_t stream) {
       dispatch_bool(is_nested, [&](auto nested) {
         dispatch_tokens(tokens_of(problem.m), [&](auto tokens) {
           using Kind = Config<T, tokens()>;
-          if constexpr (Kind::kIsExact) {
-            arguments.table_scale_inverse = 1.0f;
-          } else {
-            arguments.table_scale_inverse = 1.0f / PairTable<T>::scale(format);
-          }
+          arguments.table_scale_inverse = 1.0f / PairTable<T>::scale(format);
           CUtensorMap weight_map = {};
           CUtensorMap x_map = {};
           if (arguments.is_weight_aligned) {
@@ -736,7 +707,7 @@ void wide_sm90(const Gemm& problem, const Device& device, cudaStream_t stream) {
           if (arguments.is_x_aligned) {
             x_map = describe_matrix(problem.input, 2, problem.m, weight.cols, tokens() / Kind::kCluster);
           }
-          launch_wide<T, Kind, nested()>(arguments, weight_map, x_map, Kind::Table::values(format), device, stream);
+          launch_wide<T, Kind, nested()>(arguments, weight_map, x_map, PairTable<T>::values(format), device, stream);
         });
       });
     }
