@@ -24,18 +24,19 @@ Encode find_encode() {
 
 }  // namespace
 
-CUtensorMap describe_matrix(const void* matrix, int value_bytes, int64_t rows, int64_t cols, int box_rows) {
+CUtensorMap describe_matrix(const void* matrix, int value_bytes, int box_bytes, int64_t rows, int64_t cols,
+                            int box_rows) {
   static const Encode encode = find_encode();
-  constexpr int kBoxBytes = 128;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
   const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(cols * value_bytes)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(kBoxBytes / value_bytes), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_bytes / value_bytes), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
   CUtensorMap map = {};
   const CUresult result =
       encode(&map, value_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 2,
              const_cast<void*>(matrix), sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     fail(QLORA_CUDA_ERROR, "cuTensorMapEncodeTiled: expected a matrix that it takes, got [", rows, ", ", cols, "] of ",
          value_bytes, " bytes: error ", static_cast<int>(result));

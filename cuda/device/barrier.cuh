@@ -82,7 +82,7 @@ class RingPlace {
   __device__ __forceinline__ int stage() const { return stage_; }
   __device__ __forceinline__ uint32_t parity() const { return round_; }
   __device__ __forceinline__ uint32_t free_parity() const { return round_ ^ 1; }  // passes at once in the first round
-  __device__ __forceinline__ void advance(int count = 1) {  // count up to 2 kStages - 1
+  __device__ __forceinline__ void advance(int count = 1) {                        // count up to 2 kStages - 1
     stage_ += count;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -47,8 +47,8 @@ class PairTable {
     return values;
   }
 
-  // By kThreads threads, of whole warps, before a barrier among those that read the table. `values` in constant memory, so
-  // that nothing is waited for.
+  // By kThreads threads, of whole warps, before a barrier among those that read the table. `values` in constant memory,
+  // so that nothing is waited for.
   template <int kThreads>
   static __device__ __forceinline__ void fill(unsigned char* table, const Values& values, int thread = threadIdx.x) {
     const int lane = thread % 32;
@@ -79,8 +79,8 @@ class PairTable {
   uint32_t lane_address_;
 };
 
-// The same with exact fp32 values, for weights that are scaled before they are rounded: LDS.64 reads two banks a lane, so
-// a pair costs twice the time. Entries of 256 bytes, all used: the pair 32 times.
+// The same with exact fp32 values, for weights that are scaled before they are rounded: LDS.64 reads two banks a lane,
+// so a pair costs twice the time. Entries of 256 bytes, all used: the pair 32 times.
 class FloatPairTable {
  public:
   static constexpr int kBytes = 256 * 256;
@@ -97,13 +97,13 @@ class FloatPairTable {
     return values;
   }
 
-  // Every warp of the block must call it, before a barrier.
+  // As PairTable::fill.
   template <int kThreads>
-  static __device__ __forceinline__ void fill(unsigned char* table, const Values& values) {
-    const int lane = threadIdx.x % 32;
+  static __device__ __forceinline__ void fill(unsigned char* table, const Values& values, int thread = threadIdx.x) {
+    const int lane = thread % 32;
     const float value = values.of_code[lane % kNumCodes];
 #pragma unroll 4
-    for (int entry = threadIdx.x / 32; entry < 256; entry += kThreads / 32) {
+    for (int entry = thread / 32; entry < 256; entry += kThreads / 32) {
       const float even = __shfl_sync(0xFFFFFFFFu, value, entry / kNumCodes);
       const float odd = __shfl_sync(0xFFFFFFFFu, value, entry % kNumCodes);
       reinterpret_cast<float2*>(table + entry * 256)[lane] = make_float2(even, odd);

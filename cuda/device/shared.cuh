@@ -21,6 +21,12 @@ __device__ __forceinline__ float load_shared_float(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ float2 load_shared_two_floats(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+  return v;
+}
+
 // The value, in a register from here on: the compiler does not compute it again at each use.
 __device__ __forceinline__ uint32_t keep(uint32_t value) {
   asm volatile("" : "+r"(value));

@@ -28,6 +28,11 @@ std::string supports_wide_sm90(const Gemm& problem, const Device& device);
 int64_t wide_sm90_workspace_size(const Gemm& problem, const Device& device);
 void wide_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);
 
+// wide_grad_sm90.cu: the same for the input gradient.
+std::string supports_wide_grad_sm90(const Gemm& problem, const Device& device);
+int64_t wide_grad_sm90_workspace_size(const Gemm& problem, const Device& device);
+void wide_grad_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);
+
 // dense.cu: dequantise a chunk that fits L2, multiply it with cuBLAS, next chunk.
 std::string supports_dense(const Gemm& problem, const Device& device);
 int64_t dense_workspace_size(const Gemm& problem, const Device& device);

@@ -1,0 +1,420 @@
+// What the wide kernels share (wide_sm90.cu, wide_grad_sm90.cu): the shape of their work and the warps that copy.
+//
+// Both compute output [m, width] = input [m, depth] times the weight, transposed or not. The tensor cores' 64-row
+// operand is the decoded weight, from registers, and their column operand the input, kTokens columns for m rows:
+//
+//   block     a tile of 128 columns of the output for all m rows, over a part of the depth. Warpgroup 0 copies, the
+//   others
+//             multiply; work items are dealt in turn to as many blocks as there are multiprocessors.
+//   input     through a ring of stages of 64 values of depth; the blocks of a cluster, which have neighbouring tiles,
+//   copy
+//             a share each to all of them
+//   weight    through a ring of stages of 256 values of depth; the warps that copy its scales decode them
+//   parts     where tiles are fewer than multiprocessors the depth is split: fp32 parts in the workspace, added in
+//   their
+//             order by add_parts
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+#include "cuda/device/barrier.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/pair_table.cuh"
+#include "cuda/device/shared.cuh"
+#include "cuda/device/tensor_copy.cuh"
+#include "cuda/device/wgmma.cuh"
+#include "cuda/dispatch.h"
+#include "cuda/gemm/gemm.h"
+#include "cuda/gemm/split.h"
+#include "cuda/launch.h"
+#include "cuda/tensor_map.h"
+#include "cuda/weight_arguments.h"
+
+namespace qlora::wide {
+
+inline constexpr int kWarpgroup = 128;  // threads
+inline constexpr int kTile = 128;       // columns of the output
+inline constexpr int kBlockCols = 64;   // columns of the weight that share a row's scale
+inline constexpr int kInputDepth = 64;  // of a stage of the input
+inline constexpr int kStepInputs = 4;
+inline constexpr int kStep = kInputDepth * kStepInputs;  // depth of a stage of the weight
+inline constexpr int kMaxTokens = 256;
+inline constexpr int kWeightStages = 3;
+inline constexpr int kMaxInputStages = 8;
+inline constexpr int kScaleThreads = 64;
+
+struct Arguments {
+  const uint8_t* packed;
+  Scales scales;
+  float scale_factor;  // that the table asks for
+  const void* input;
+  const void* bias;
+  void* output;
+  float* parts;  // null: output is written
+  int num_parts;
+  int m;
+  int rows;  // of the weight
+  int cols;
+  int width;
+  int depth;
+  bool is_weight_aligned;   // packed to 16 bytes
+  bool is_output_aligned;   // to 8 bytes
+  bool is_input_aligned;    // rows to 16 bytes
+  bool are_scales_aligned;  // 4 scales of a row: 4 or 16 aligned bytes in one nested block
+};
+
+struct WeightStage {
+  unsigned char bytes[kTile * kStep / 2];
+  float scales[kTile * kStep / kBlockCols];
+};
+inline constexpr int kWeightStageBytes = sizeof(WeightStage);
+
+// Shared memory: this, the pair table at the first multiple of 64 KiB, the stages of the input, the exchange of sums.
+struct Shared {
+  WeightStage weight[kWeightStages];
+  float nested_code[256];
+  Barrier weight_full[kWeightStages];
+  Barrier weight_empty[kWeightStages];
+  Barrier input_full[kMaxInputStages];
+  Barrier input_empty[kMaxInputStages];
+};
+inline constexpr int kTableAlignment = PairTable<__half>::kBytes;
+inline constexpr int kReservedBytes = 1024;  // that CUDA puts before a block's shared memory
+static_assert(sizeof(Shared) + kReservedBytes <= kTableAlignment);
+static_assert(FloatPairTable::kBytes == kTableAlignment);
+
+// A Config has kTokens, kCluster, kInputStages, kConsumers (threads that multiply), kReaders (warps that read an input
+// stage), kExchangeBytes, and the registers of threads that copy and multiply: together those of the launch.
+template <typename Config>
+inline constexpr int kThreads = kWarpgroup + Config::kConsumers;
+template <typename Config>
+inline constexpr int kInputStageBytes = Config::kTokens * kInputDepth * 2;
+template <typename Config>
+inline constexpr int kSharedBytes =
+    2 * kTableAlignment - kReservedBytes + Config::kInputStages * kInputStageBytes<Config> + Config::kExchangeBytes;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Named barriers; 0 is __syncthreads.
+enum NamedBarrier { kAllConsumers = 1, kTurnOfFirst = 2, kTurnOfSecond = 3, kAllScaleThreads = 4 };
+
+template <int kCount>
+__device__ __forceinline__ void synchronize(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
+}
+template <int kCount>
+__device__ __forceinline__ void arrive_at(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
+}
+
+__device__ __forceinline__ int num_steps(const Arguments& arguments) { return (arguments.depth + kStep - 1) / kStep; }
+
+// Input stages of a step.
+__device__ __forceinline__ int num_inputs(const Arguments& arguments, int step) {
+  return min(kStepInputs, (arguments.depth - step * kStep + kInputDepth - 1) / kInputDepth);
+}
+
+// A cluster's share of the work: items from its index on, dealt in turn; an item is a group of tiles and a part.
+template <int kCluster>
+struct Items {
+  int num_groups;
+  int count;
+
+  __device__ __forceinline__ explicit Items(const Arguments& arguments)
+      : num_groups((arguments.width + kTile * kCluster - 1) / (kTile * kCluster)),
+        count(num_groups * arguments.num_parts) {}
+  static __device__ __forceinline__ int first() { return blockIdx.x / kCluster; }
+  static __device__ __forceinline__ int stride() { return gridDim.x / kCluster; }
+};
+
+template <int kCluster>
+struct Item {
+  int first;  // column of the output
+  int part;
+  int step_begin;
+  int step_end;
+
+  __device__ __forceinline__ Item(const Arguments& arguments, const Items<kCluster>& items, int index) {
+    // Neighbouring tiles at once: their rows share pages of memory.
+    first = (index % items.num_groups * kCluster + static_cast<int>(blockIdx.x) % kCluster) * kTile;
+    part = index / items.num_groups;
+    step_begin = static_cast<int>(int64_t{num_steps(arguments)} * part / arguments.num_parts);
+    step_end = static_cast<int>(int64_t{num_steps(arguments)} * (part + 1) / arguments.num_parts);
+  }
+};
+
+// f(item) for each item of this block.
+template <int kCluster, typename Function>
+__device__ __forceinline__ void for_each_item(const Arguments& arguments, Function&& f) {
+  const Items<kCluster> items(arguments);
+  for (int index = items.first(); index < items.count; index += items.stride()) {
+    f(Item<kCluster>(arguments, items, index));
+  }
+}
+
+__device__ __noinline__ inline uint4 load_bytes(const void* address, int count) {
+  const auto* const bytes = static_cast<const uint8_t*>(address);
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    if (i < count) words[i / 4] |= static_cast<uint32_t>(bytes[i]) << i % 4 * 8;
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// Warps 0 and 1: the scales of the weight, and its bytes where the tensor memory accelerator does not take them. Kind
+// has
+//   Row<kIsNested>::load(arguments, row, ..), the scales that a thread has asked for, and
+//   copy_plainly(arguments, item.first, step, stage)
+template <typename Config, typename Kind, bool kIsNested>
+__device__ __forceinline__ void copy_scales(const Arguments& arguments, Shared& shared) {
+  float nested_offset = 0.0f;
+  if constexpr (kIsNested) {
+    nested_offset = *arguments.scales.nested_offset;
+    for (int i = threadIdx.x; i < 256; i += kScaleThreads) shared.nested_code[i] = arguments.scales.nested_code[i];
+    synchronize<kScaleThreads>(kAllScaleThreads);
+  }
+  RingPlace<kWeightStages> place;
+  for_each_item<Config::kCluster>(arguments, [&](const auto& item) {
+    typename Kind::template Scales<kIsNested> scales;
+    scales.load(arguments, item.first, item.step_begin);
+    for (int step = item.step_begin; step < item.step_end; ++step) {
+      WeightStage& stage = shared.weight[place.stage()];
+      wait(shared.weight_empty[place.stage()], place.free_parity());
+      scales.store(arguments, item.first, step, shared.nested_code, nested_offset, stage.scales);
+      if (step + 1 < item.step_end) scales.load(arguments, item.first, step + 1);
+      if (!arguments.is_weight_aligned) Kind::copy_plainly(arguments, item.first, step, stage.bytes);
+      arrive(shared.weight_full[place.stage()]);
+      place.advance();
+    }
+  });
+}
+
+// Warp 3: the bytes of the weight.
+template <typename Config, typename Kind>
+__device__ __forceinline__ void copy_weight(const Arguments& arguments, const CUtensorMap& map, Shared& shared) {
+  if (threadIdx.x % 32 != 0) return;
+  if (arguments.is_weight_aligned) {
+    // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
+    const Items<Config::kCluster> items(arguments);
+    const Item<Config::kCluster> item(arguments, items, items.first());
+    for (int step = item.step_begin; step < min(item.step_begin + kWeightStages, item.step_end); ++step) {
+      prefetch_box_to_l2(map, Kind::box_col(item.first, step), Kind::box_row(item.first, step));
+    }
+  }
+  cudaGridDependencySynchronize();
+  RingPlace<kWeightStages> place;
+  for_each_item<Config::kCluster>(arguments, [&](const auto& item) {
+    for (int step = item.step_begin; step < item.step_end; ++step) {
+      WeightStage& stage = shared.weight[place.stage()];
+      Barrier& full = shared.weight_full[place.stage()];
+      wait(shared.weight_empty[place.stage()], place.free_parity());
+      if (arguments.is_weight_aligned) {
+        arrive_expecting(full, sizeof(stage.bytes));
+        copy_box(stage.bytes, map, Kind::box_col(item.first, step), Kind::box_row(item.first, step), full);
+        if (const int ahead = step + kWeightStages; ahead < item.step_end) {
+          prefetch_box_to_l2(map, Kind::box_col(item.first, ahead), Kind::box_row(item.first, ahead));
+        }
+      } else {
+        arrive(full);
+      }
+      place.advance();
+    }
+  });
+}
+
+// Warp 2: the input. The 16-byte piece p of token t lies at place p ^ t % 8 of its 128 bytes.
+template <typename Config>
+__device__ __forceinline__ void copy_input(const Arguments& arguments, const CUtensorMap& map, Shared& shared,
+                                           unsigned char* stages) {
+  constexpr int kShare = Config::kTokens / Config::kCluster;  // tokens that this block copies, to all of its cluster
+  const int lane = threadIdx.x % 32;
+  const int rank = static_cast<int>(blockIdx.x) % Config::kCluster;
+  RingPlace<Config::kInputStages> place;
+  for_each_item<Config::kCluster>(arguments, [&](const auto& item) {
+    const int end = min(item.step_end * kStep, arguments.depth);
+    for (int begin = item.step_begin * kStep; begin < end; begin += kInputDepth) {
+      unsigned char* const stage = stages + place.stage() * kInputStageBytes<Config>;
+      Barrier& full = shared.input_full[place.stage()];
+      wait(shared.input_empty[place.stage()], place.free_parity());
+      if (arguments.is_input_aligned) {
+        if (lane == 0) {
+          arrive_expecting(full, kInputStageBytes<Config>);
+          copy_box(stage + rank * kShare * 128, map, begin, rank * kShare, full, (1 << Config::kCluster) - 1);
+        }
+      } else {
+        for (int i = lane; i < Config::kTokens * 8; i += 32) {
+          const int token = i / 8;
+          const int first = begin + i % 8 * 8;
+          const auto* const row = static_cast<const uint8_t*>(arguments.input) + int64_t{token} * arguments.depth * 2;
+          const int count = token < arguments.m ? min(max(arguments.depth - first, 0), 8) * 2 : 0;
+          *reinterpret_cast<uint4*>(stage + token * 128 + (i % 8 ^ token % 8) * 16) =
+              load_bytes(row + first * 2, count);
+        }
+        fence_shared();
+        __syncwarp();
+        if (lane == 0) arrive(full);
+      }
+      place.advance();
+    }
+  });
+}
+
+// The part of a warpgroup that multiplies which has to do with the rings.
+template <typename Config>
+class Rings {
+ public:
+  __device__ __forceinline__ Rings(Shared& shared, const unsigned char* input_stages)
+      : shared_(shared), input_(describe_columns(input_stages)), lane_(keep(threadIdx.x % 32)) {}
+
+  __device__ __forceinline__ int lane() const { return static_cast<int>(lane_); }
+  // Offset of the weight's stage from the first, in bytes.
+  __device__ __forceinline__ uint32_t weight_offset() const { return weight_place_.stage() * kWeightStageBytes; }
+
+  __device__ __forceinline__ void wait_for_weight() {
+    wait(shared_.weight_full[weight_place_.stage()], weight_place_.parity());
+  }
+  __device__ __forceinline__ void release_weight() {
+    __syncwarp();
+    if (lane() == 0) arrive(shared_.weight_empty[weight_place_.stage()]);
+    weight_place_.advance();
+  }
+
+  // The descriptor of the step's input stage `index`, when it is there.
+  __device__ __forceinline__ uint64_t wait_for_input(int index) {
+    const auto place = input_place_.plus(index);
+    wait(shared_.input_full[place.stage()], place.parity());
+    return input_ + place.stage() * (kInputStageBytes<Config> / 16);
+  }
+  __device__ __forceinline__ int input_stage(int index) const { return input_place_.plus(index).stage(); }
+  __device__ __forceinline__ void release_input(int stage) {
+    __syncwarp();
+    if constexpr (Config::kCluster == 1) {
+      if (lane() == 0) arrive(shared_.input_empty[stage]);
+    } else {
+      if (lane() < Config::kCluster) arrive_remote(shared_.input_empty[stage], lane());
+    }
+  }
+  __device__ __forceinline__ void advance_input(int count) { input_place_.advance(count); }
+
+ private:
+  Shared& shared_;
+  uint64_t input_;
+  uint32_t lane_;
+  RingPlace<kWeightStages> weight_place_;
+  RingPlace<Config::kInputStages> input_place_;
+};
+
+// The kernels' body. Kind has Table, Scales and the functions above, and Consumer<T, Config>.
+template <typename T, typename Config, typename Kind, bool kIsNested>
+__device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMap& weight_map,
+                                    const CUtensorMap& input_map, const typename Kind::Values& values) {
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  unsigned char* const table = shared_bytes + (kTableAlignment - shared_address(shared_bytes) % kTableAlignment);
+  unsigned char* const input_stages = table + kTableAlignment;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kWeightStages; ++i) {
+      init_barrier(shared.weight_full[i], kScaleThreads + 1);
+      init_barrier(shared.weight_empty[i], Config::kConsumers / 32);
+    }
+    for (int i = 0; i < Config::kInputStages; ++i) {
+      init_barrier(shared.input_full[i], 1);
+      init_barrier(shared.input_empty[i], Config::kCluster * Config::kReaders);
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+  if constexpr (Config::kCluster > 1) synchronize_cluster();
+  if (threadIdx.x < kWarpgroup) {
+    limit_registers<Config::kCopyRegisters, false>();
+    if (threadIdx.x < kScaleThreads) {
+      cudaGridDependencySynchronize();
+      copy_scales<Config, Kind, kIsNested>(arguments, shared);
+    } else if (threadIdx.x < kScaleThreads + 32) {
+      cudaGridDependencySynchronize();
+      copy_input<Config>(arguments, input_map, shared, input_stages);
+    } else {
+      copy_weight<Config, Kind>(arguments, weight_map, shared);
+    }
+  } else {
+    limit_registers<Config::kRegisters, true>();
+    Kind::Table::template fill<Config::kConsumers>(table, values, threadIdx.x - kWarpgroup);
+    synchronize<Config::kConsumers>(kAllConsumers);
+    cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion();
+    float* const exchange = reinterpret_cast<float*>(input_stages + Config::kInputStages * kInputStageBytes<Config>);
+    typename Kind::template Consumer<Config> consumer(arguments, shared, table, input_stages, exchange);
+    consumer.run();
+  }
+  // A block may leave only when none of its cluster copies to it any more.
+  if constexpr (Config::kCluster > 1) synchronize_cluster();
+}
+
+#endif
+
+inline int tokens_of(int64_t m) {
+  for (int tokens : {16, 32, 64, 128}) {
+    if (m <= tokens) return tokens;
+  }
+  return kMaxTokens;
+}
+
+template <typename Function>
+void dispatch_tokens(int tokens, Function&& f) {
+  switch (tokens) {
+    case 16:
+      return f(std::integral_constant<int, 16>{});
+    case 32:
+      return f(std::integral_constant<int, 32>{});
+    case 64:
+      return f(std::integral_constant<int, 64>{});
+    case 128:
+      return f(std::integral_constant<int, 128>{});
+    case 256:
+      return f(std::integral_constant<int, 256>{});
+  }
+  fail(QLORA_INTERNAL_ERROR, "dispatch_tokens: expected 16 to 256, got ", tokens);
+}
+
+// "" where the wide kernels serve the problem, direction apart; else the first reason why not.
+std::string supports(const Gemm& problem, const Device& device);
+int64_t workspace_size(const Gemm& problem, const Device& device);
+Arguments arguments_of(const Gemm& problem, const Device& device);
+
+// Launches kernel(arguments, weight_map, input_map, values), and add_parts behind it where there are parts.
+template <typename Config, typename Kernel, typename Values>
+void launch(const Gemm& problem, const Device& device, Kernel kernel, const Arguments& arguments,
+            const CUtensorMap& weight_map, const Values& values, cudaStream_t stream) {
+  CUtensorMap input_map = {};
+  if (arguments.is_input_aligned) {
+    input_map = describe_matrix(problem.input, 2, 128, problem.m, arguments.depth, Config::kTokens / Config::kCluster);
+  }
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<Config>),
+             "cudaFuncSetAttribute(wide)");
+  std::array<cudaLaunchAttribute, 2> attributes = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = Config::kCluster;
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
+  const int64_t num_items = ceil_div(arguments.width, kTile * Config::kCluster) * arguments.num_parts;
+  const int64_t num_clusters = std::min<int64_t>(num_items, device.num_multiprocessors / Config::kCluster);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(num_clusters * Config::kCluster));
+  config.blockDim = dim3(kThreads<Config>);
+  config.dynamicSmemBytes = kSharedBytes<Config>;
+  config.stream = stream;
+  config.attrs = attributes.data();
+  config.numAttrs = static_cast<unsigned>(attributes.size());
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, weight_map, input_map, values), "wide_kernel");
+  if (arguments.num_parts > 1) {
+    add_parts(arguments.parts, arguments.num_parts, problem.m, arguments.width, problem.bias, problem.output,
+              problem.dtype, stream);
+  }
+}
+
+}  // namespace qlora::wide
