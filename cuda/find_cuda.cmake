@@ -32,7 +32,6 @@ elseif(NOT archs)
   if(code EQUAL 0)
     string(REGEX MATCHALL "[0-9]+\\.[0-9]" found "${found}")
     list(TRANSFORM found REPLACE "\\." "")
-    list(TRANSFORM found REPLACE "^90$" "90a")  # Hopper's own instructions need the suffix.
     list(FILTER found EXCLUDE REGEX "^[1-7][0-9]$")
     list(REMOVE_DUPLICATES found)
     set(archs ${found})
@@ -42,6 +41,8 @@ elseif(NOT archs)
   endif()
 endif()
 
+list(TRANSFORM archs REPLACE "^90$" "90a")  # Hopper's own instructions need the suffix.
+list(REMOVE_DUPLICATES archs)
 list(SORT archs COMPARE NATURAL)
 set(CMAKE_CUDA_ARCHITECTURES "")
 foreach(arch IN LISTS archs)

@@ -16,6 +16,7 @@ target_sources(qlora PRIVATE
   cuda/gemm/wide_grad_sm90.cu
   cuda/gemm/wide_sm90.cu
   cuda/quantize.cu
+  cuda/remember.cpp
   cuda/tensor_map.cpp)
 target_include_directories(qlora PRIVATE . ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 # -lineinfo names source lines in profilers; -compress-all keeps the wheel small.

@@ -22,8 +22,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <mutex>
-#include <vector>
 
 #include "core/status.h"
 #include "cuda/device/copy_async.cuh"
@@ -33,6 +31,7 @@
 #include "cuda/dispatch.h"
 #include "cuda/gemm/gemm.h"
 #include "cuda/launch.h"
+#include "cuda/remember.h"
 #include "cuda/weight_arguments.h"
 
 namespace qlora {
@@ -401,7 +400,7 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
     }
   }
 #else
-  __trap();  // See is_compiled_for.
+  __trap();  // See is_compiled_for_sm90.
 #endif
 }
 
@@ -457,52 +456,16 @@ cudaLaunchConfig_t launch_config(int num_clusters, int split, cudaStream_t strea
   return config;
 }
 
-// Clusters that run at once: multiprocessors of a cluster share a part of the GPU, so some are left over. Prepares the
-// kernel for its shared memory at the first call on a device.
-int max_clusters(const void* kernel, int split, const Device& device) {
-  struct Known {
-    int device;
-    const void* kernel;
-    int split;
-    int count;
-  };
-  static std::mutex mutex;
-  static auto* const known = new std::vector<Known>;
-  const std::lock_guard<std::mutex> lock(mutex);
-  for (const Known& entry : *known) {
-    if (entry.device == device.index && entry.kernel == kernel && entry.split == split) return entry.count;
-  }
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-             "cudaFuncSetAttribute(skinny_kernel)");
+// Clusters of `split` blocks that run at once: those of a cluster share a part of the GPU, so some multiprocessors are
+// left over.
+int count_clusters(const void* kernel, int split) {
   std::array<cudaLaunchAttribute, 2> attributes = {};
   cudaLaunchConfig_t config = launch_config(1, split, nullptr, attributes);
   config.numAttrs = 1;
   int count = 0;
   check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
   if (count < 1) fail(QLORA_CUDA_ERROR, "skinny: expected room for a cluster of ", split, " blocks, got none");
-  known->push_back({device.index, kernel, split, count});
   return count;
-}
-
-// Whether the code that `device` runs was compiled for compute capability 9.0 or newer: a library built without it
-// brings PTX of an older one, which the driver compiles for the device.
-bool is_compiled_for(const Device& device) {
-  struct Known {
-    int device;
-    bool is_compiled;
-  };
-  static std::mutex mutex;
-  static auto* const known = new std::vector<Known>;
-  const std::lock_guard<std::mutex> lock(mutex);
-  for (const Known& entry : *known) {
-    if (entry.device == device.index) return entry.is_compiled;
-  }
-  const DeviceGuard guard(device.index);
-  cudaFuncAttributes attributes = {};
-  check_cuda(cudaFuncGetAttributes(&attributes, skinny_kernel<__nv_bfloat16, 8, 1, true>),
-             "cudaFuncGetAttributes(skinny_kernel)");
-  known->push_back({device.index, attributes.ptxVersion >= 90});
-  return known->back().is_compiled;
 }
 
 }  // namespace
@@ -523,7 +486,9 @@ std::string supports_skinny_sm90(const Gemm& problem, const Device& device) {
   if (weight.cols < 1 || weight.cols % kChunkCols != 0 || weight.cols > max_cols) {
     return concat("k: expected a multiple of ", kChunkCols, " up to ", max_cols);
   }
-  if (!is_compiled_for(device)) return "expected a libqlora built for this GPU's architecture (QLORA_CUDA_ARCHS)";
+  const void* const any = reinterpret_cast<const void*>(skinny_kernel<__nv_bfloat16, 8, 1, true>);
+  if (!is_compiled_for_sm90(device, any))
+    return "expected a libqlora built for this GPU's architecture (QLORA_CUDA_ARCHS)";
   return "";
 }
 
@@ -552,7 +517,9 @@ void skinny_sm90(const Gemm& problem, const Device& device, cudaStream_t stream)
         dispatch_plan(plan, [&](auto tokens, auto chunks) {
           const auto kernel = skinny_kernel<T, tokens(), chunks(), nested()>;
           const int64_t num_tiles = ceil_div(weight.rows, kTileRows);
-          const int most = max_clusters(reinterpret_cast<const void*>(kernel), plan.split, device);
+          const auto* const pointer = reinterpret_cast<const void*>(kernel);
+          allow_shared_bytes(device, pointer, kSharedBytes);
+          const int most = remember(device, pointer, plan.split, count_clusters);
           std::array<cudaLaunchAttribute, 2> attributes = {};
           const cudaLaunchConfig_t config =
               launch_config(static_cast<int>(std::min<int64_t>(most, num_tiles)), plan.split, stream, attributes);

@@ -1,9 +1,8 @@
-#include "cuda/gemm/split.h"
-
 #include <algorithm>
 
 #include "cuda/device/numeric.cuh"
 #include "cuda/dispatch.h"
+#include "cuda/gemm/split.h"
 #include "cuda/launch.h"
 #include "cuda/weight_arguments.h"
 
@@ -17,8 +16,8 @@ constexpr double kStepsOfAPart = 1.5;  // that writing and adding up a part of a
 // Each thread kValues values of the output, which do not cross a row.
 template <typename T, int kValues>
 __global__ __launch_bounds__(kThreads) void add_parts_kernel(const float* __restrict__ parts, int num_parts,
-                                                             int64_t count, int64_t width,
-                                                             const T* __restrict__ bias, T* __restrict__ output) {
+                                                             int64_t count, int64_t width, const T* __restrict__ bias,
+                                                             T* __restrict__ output) {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif

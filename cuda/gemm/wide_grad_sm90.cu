@@ -14,13 +14,10 @@
 // Rounding: weights to the dtype, as dequantize_4bit rounds them; fp32 sums; dx.
 #include "cuda/gemm/wide_sm90.cuh"
 
-namespace qlora {
-namespace {
-
-using namespace wide;
+namespace qlora::wide {
 
 template <int kTokenCount>
-struct Config {
+struct GradConfig {
   static constexpr int kTokens = kTokenCount;
   static constexpr int kGroups = kTokens <= 32    ? 4
                                  : kTokens <= 128 ? 2
@@ -36,11 +33,19 @@ struct Config {
   static constexpr int kRegisters = kConsumers == 512 ? 104 : 224;
 };
 
-constexpr int kTileBytes = kTile / 2;            // of a row of W
-constexpr int kTileBlocks = kTile / kBlockCols;  // scales of a row
-constexpr int kRowsPerThread = kStep / kScaleThreads;
+}  // namespace qlora::wide
+
+namespace qlora {
+namespace {
+
+using namespace wide;
+
+constexpr int kTileBytes = kTile / 2;  // of a row of W
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int kTileBlocks = kTile / kBlockCols;  // scales of a row
+constexpr int kRowsPerThread = kStep / kScaleThreads;
 
 // 4 matrices of 8 rows of 16 bytes, the addresses of rows 8 j.. in lanes 8 j..: word j has the 16-bit columns lane / 4
 // of rows 2 (lane % 4), low half, and the next of matrix j.
@@ -316,7 +321,8 @@ __global__ __launch_bounds__(kThreads<Config>,
 
 std::string supports_wide_grad_sm90(const Gemm& problem, const Device& device) {
   if (problem.direction != Direction::kGradInput) return "expected the input gradient";
-  return supports(problem, device);
+  return supports(problem, device,
+                  reinterpret_cast<const void*>(wide_grad_kernel<__nv_bfloat16, GradConfig<16>, true>));
 }
 
 int64_t wide_grad_sm90_workspace_size(const Gemm& problem, const Device& device) {
@@ -336,7 +342,7 @@ void wide_grad_sm90(const Gemm& problem, const Device& device, cudaStream_t stre
     if constexpr (!std::is_same_v<T, float>) {
       dispatch_bool(weight.absmax_codes != nullptr, [&](auto nested) {
         dispatch_tokens(tokens_of(problem.m), [&](auto tokens) {
-          using Kind = Config<tokens()>;
+          using Kind = GradConfig<tokens()>;
           launch<Kind>(problem, device, wide_grad_kernel<T, Kind, nested()>, arguments, weight_map,
                        FloatPairTable::values(format), stream);
         });

@@ -15,7 +15,7 @@ int num_parts_of(const Gemm& problem, const Device& device) {
 
 }  // namespace
 
-std::string supports(const Gemm& problem, const Device& device) {
+std::string supports(const Gemm& problem, const Device& device, const void* any) {
   constexpr int64_t kMaxSize = int64_t{1} << 30;
   const qlora_weight_4bit& weight = problem.weight;
   if (device.major != 9) return concat("expected compute capability 9.0, got ", device.major, ".", device.minor);
@@ -24,6 +24,8 @@ std::string supports(const Gemm& problem, const Device& device) {
   if (weight.block_size < kBlockCols) return concat("block_size: expected at least ", kBlockCols);
   if (weight.cols < 1 || weight.cols % kBlockCols != 0) return concat("k: expected a multiple of ", kBlockCols);
   if (weight.rows < 1 || weight.rows > kMaxSize || weight.cols > kMaxSize) return "n, k: expected 1 to 2^30";
+  if (!is_compiled_for_sm90(device, any))
+    return "expected a libqlora built for this GPU's architecture (QLORA_CUDA_ARCHS)";
   return "";
 }
 

@@ -8,13 +8,10 @@
 // Rounding: see PairTable; fp32 sums; y.
 #include "cuda/gemm/wide_sm90.cuh"
 
-namespace qlora {
-namespace {
-
-using namespace wide;
+namespace qlora::wide {
 
 template <int kTokenCount>
-struct Config {
+struct ForwardConfig {
   static constexpr int kTokens = kTokenCount;
   static constexpr int kPairs = kTokens <= 64 ? 2 : 1;  // of warpgroups that multiply
   static constexpr int kConsumers = 2 * kPairs * kWarpgroup;
@@ -28,6 +25,13 @@ struct Config {
   static constexpr int kCopyRegisters = kPairs == 2 ? 64 : 56;
   static constexpr int kRegisters = kPairs == 2 ? 104 : 224;
 };
+
+}  // namespace qlora::wide
+
+namespace qlora {
+namespace {
+
+using namespace wide;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -327,7 +331,7 @@ __global__ __launch_bounds__(kThreads<Config>, 1) void wide_kernel(const __grid_
 
 std::string supports_wide_sm90(const Gemm& problem, const Device& device) {
   if (problem.direction != Direction::kForward) return "expected the forward product";
-  return supports(problem, device);
+  return supports(problem, device, reinterpret_cast<const void*>(wide_kernel<__nv_bfloat16, ForwardConfig<16>, true>));
 }
 
 int64_t wide_sm90_workspace_size(const Gemm& problem, const Device& device) { return workspace_size(problem, device); }
@@ -346,7 +350,7 @@ void wide_sm90(const Gemm& problem, const Device& device, cudaStream_t stream) {
       arguments.scale_factor = 1.0f / PairTable<T>::scale(format);
       dispatch_bool(weight.absmax_codes != nullptr, [&](auto nested) {
         dispatch_tokens(tokens_of(problem.m), [&](auto tokens) {
-          using Kind = Config<tokens()>;
+          using Kind = ForwardConfig<tokens()>;
           launch<Kind>(problem, device, wide_kernel<T, Kind, nested()>, arguments, weight_map,
                        PairTable<T>::values(format), stream);
         });

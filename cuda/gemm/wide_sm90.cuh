@@ -29,6 +29,7 @@
 #include "cuda/gemm/gemm.h"
 #include "cuda/gemm/split.h"
 #include "cuda/launch.h"
+#include "cuda/remember.h"
 #include "cuda/tensor_map.h"
 #include "cuda/weight_arguments.h"
 
@@ -379,8 +380,9 @@ void dispatch_tokens(int tokens, Function&& f) {
   fail(QLORA_INTERNAL_ERROR, "dispatch_tokens: expected 16 to 256, got ", tokens);
 }
 
-// "" where the wide kernels serve the problem, direction apart; else the first reason why not.
-std::string supports(const Gemm& problem, const Device& device);
+// "" where a wide kernel serves the problem, direction apart; else the first reason why not. `any` is an instance of
+// it.
+std::string supports(const Gemm& problem, const Device& device, const void* any);
 int64_t workspace_size(const Gemm& problem, const Device& device);
 Arguments arguments_of(const Gemm& problem, const Device& device);
 
@@ -392,8 +394,7 @@ void launch(const Gemm& problem, const Device& device, Kernel kernel, const Argu
   if (arguments.is_input_aligned) {
     input_map = describe_matrix(problem.input, 2, 128, problem.m, arguments.depth, Config::kTokens / Config::kCluster);
   }
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<Config>),
-             "cudaFuncSetAttribute(wide)");
+  allow_shared_bytes(device, reinterpret_cast<const void*>(kernel), kSharedBytes<Config>);
   std::array<cudaLaunchAttribute, 2> attributes = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;

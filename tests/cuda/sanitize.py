@@ -59,19 +59,26 @@ def drive_linear(shape: tuple[int, int], dtype: torch.dtype, quant_type: str, ke
         ops.linear_4bit_grad_input(dy, packed, absmax, shape, **form)
 
 
-def drive_skinny(shape: tuple[int, int], dtype: torch.dtype, quant_type: str) -> None:
-    """linear_4bit for few rows; plain and nested; aligned and not."""
-    os.environ["QLORA_LINEAR_KERNEL"] = "skinny_sm90"
+def drive_fused(
+    kernel: str, tokens: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, quant_type: str
+) -> None:
+    """linear_4bit or its gradient; plain and nested; aligned and not."""
+    os.environ["QLORA_LINEAR_KERNEL"] = kernel
     n, k = shape
     form = {"block_size": 64, "quant_type": quant_type}
     packed, absmax = ops.quantize_4bit(torch.randn(shape, device="cuda"), **form)
     codes, *tensors = ops.quantize_absmax(absmax)
     nested = dict(zip(("nested_absmax", "nested_quant_map", "nested_offset"), tensors, strict=True))
     bias = torch.ones(n, device="cuda", dtype=dtype)
-    for m, (scales, extra) in itertools.product((1, 8, 13), ((absmax, {}), (codes, nested))):
-        x = torch.randn(m, k, device="cuda").to(dtype)
-        ops.linear_4bit(x, packed, scales, shape, **form, **extra, bias=bias)
-        ops.linear_4bit(shifted(x), shifted(packed), scales, shape, **form, **extra)
+    for m, (scales, extra) in itertools.product(tokens, ((absmax, {}), (codes, nested))):
+        if kernel == "wide_grad_sm90":
+            dy = torch.randn(m, n, device="cuda").to(dtype)
+            ops.linear_4bit_grad_input(dy, packed, scales, shape, **form, **extra)
+            ops.linear_4bit_grad_input(shifted(dy), shifted(packed), scales, shape, **form, **extra)
+        else:
+            x = torch.randn(m, k, device="cuda").to(dtype)
+            ops.linear_4bit(x, packed, scales, shape, **form, **extra, bias=bias)
+            ops.linear_4bit(shifted(x), shifted(packed), scales, shape, **form, **extra)
 
 
 def main() -> None:
@@ -87,7 +94,14 @@ def main() -> None:
     if torch.cuda.get_device_capability() >= (9, 0):
         for dtype, quant_type in itertools.product(DTYPES[1:], QUANT_TYPES):
             for shape in ((1, 256), (264, 4096), (40, 5120), (17, 16384)):
-                drive_skinny(shape, dtype, quant_type)
+                drive_fused("skinny_sm90", (1, 8, 13), shape, dtype, quant_type)
+            torch.cuda.synchronize()
+    if torch.cuda.get_device_capability() == (9, 0):
+        for kernel, dtype, quant_type in itertools.product(
+            ("wide_sm90", "wide_grad_sm90"), DTYPES[1:], QUANT_TYPES
+        ):
+            for shape in ((1, 64), (264, 1088), (700, 320)):
+                drive_fused(kernel, (3, 20, 50, 100, 200), shape, dtype, quant_type)
             torch.cuda.synchronize()
     print("every kernel ran")
 

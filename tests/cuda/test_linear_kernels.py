@@ -7,6 +7,7 @@ import ctypes
 import c_library
 import pytest
 import torch
+from linear_cases import quantized, randn, shifted, tolerance
 from torch import Tensor
 
 from assertions import assert_bitwise_equal, assert_within
@@ -15,22 +16,10 @@ from qlora import ops
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# In the order in which they are tried.
+FUSED = ("skinny_sm90", "wide_sm90", "wide_grad_sm90")
 # [n, k]: whole chunks, a rest, rows that no chunk fits evenly, straddling rows of odd length, one row, one column.
 SHAPES = ((1024, 512), (768 + 64, 320), (300, 776), (37, 77), (1, 64), (70, 1))
-
-
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch):
-    """kernel("naive") makes the following calls use that kernel alone; chunk_bytes sets the chunk of dense."""
-
-    def choose(name: str, chunk_bytes: int | None = None) -> None:
-        monkeypatch.setenv("QLORA_LINEAR_KERNEL", name)
-        if chunk_bytes is None:
-            monkeypatch.delenv("QLORA_DENSE_CHUNK_BYTES", raising=False)
-        else:
-            monkeypatch.setenv("QLORA_DENSE_CHUNK_BYTES", str(chunk_bytes))
-
-    return choose
 
 
 @pytest.fixture
@@ -39,28 +28,6 @@ def skinny(kernel) -> None:
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("skinny_sm90 needs compute capability 9.0")
     kernel("skinny_sm90")
-
-
-def randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).cuda()
-
-
-def quantized(n: int, k: int, dtype: torch.dtype, is_nested: bool, quant_type: str = "nf4"):
-    """Arguments of the operators, and the weight rounded to dtype."""
-    packed, absmax = ops.quantize_4bit(randn(n, k, dtype=torch.float32, seed=n + k), 64, quant_type)
-    form = {"block_size": 64, "quant_type": quant_type}
-    if is_nested:
-        absmax, *tensors = ops.quantize_absmax(absmax)
-        form |= zip(("nested_absmax", "nested_quant_map", "nested_offset"), tensors, strict=True)
-    return (packed, absmax, (n, k)), form, ops.dequantize_4bit(packed, absmax, (n, k), **form, dtype=dtype)
-
-
-def tolerance(x: Tensor, weight: Tensor, expected: Tensor) -> Tensor:
-    """Float32 sums of num_terms products in any order, then one rounding to the dtype of x; weight [terms, outputs]."""
-    magnitude = x.double().abs() @ weight.double().abs()
-    sums = x.shape[-1] * torch.finfo(torch.float32).eps * magnitude
-    info = torch.finfo(x.dtype)
-    return sums + info.eps / 2 * (expected.abs() + sums) + info.smallest_normal * info.eps
 
 
 @pytest.mark.parametrize("is_nested", [False, True])
@@ -160,11 +127,6 @@ def test_skinny_takes_any_address() -> None:
     x = randn(5, 1024, dtype=torch.bfloat16, seed=4)
     expected = ops.linear_4bit(x, *args, **form)
 
-    def shifted(value: Tensor) -> Tensor:
-        buffer = torch.empty(value.numel() + 1, dtype=value.dtype, device="cuda")
-        buffer[1:].copy_(value.flatten())
-        return buffer[1:].view(value.shape)
-
     packed, absmax, shape = args
     assert_bitwise_equal(ops.linear_4bit(shifted(x), packed, absmax, shape, **form), expected)
     assert_bitwise_equal(ops.linear_4bit(x, shifted(packed), absmax, shape, **form), expected)
@@ -211,18 +173,23 @@ def test_repeated_calls_are_bitwise_equal(kernel) -> None:
 def test_explain_names_the_kernel_and_the_reasons_of_those_before_it(kernel) -> None:
     torch.cuda.init()
     weight = c_library.describe_weight(4096, 1024)
-    text = c_library.explain(weight, 40, torch.bfloat16)
-    assert text.startswith("linear_4bit m=40 n=4096 k=1024 bfloat16 nf4 block 64 on device 0 (sm_")
+    text = c_library.explain(weight, 300, torch.bfloat16)
+    assert text.startswith("linear_4bit m=300 n=4096 k=1024 bfloat16 nf4 block 64 on device 0 (sm_")
     first, *reasons = text.splitlines()
     assert first.endswith(": dense")
-    assert len(reasons) == 1 and reasons[0].startswith("skinny_sm90: ")
-    if torch.cuda.get_device_capability() >= (9, 0):
-        assert reasons == ["skinny_sm90: m: expected 1 to 16"]
+    assert [reason.partition(":")[0] for reason in reasons] == [*FUSED]
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert reasons == [
+            "skinny_sm90: m: expected 1 to 16",
+            "wide_sm90: m: expected 1 to 256",
+            "wide_grad_sm90: expected the input gradient",
+        ]
         assert c_library.explain(weight, 16, torch.bfloat16).endswith(": skinny_sm90")
+        assert c_library.explain(weight, 17, torch.bfloat16).splitlines()[0].endswith(": wide_sm90")
     kernel("naive")
     first, *reasons = c_library.explain(weight, 4, torch.bfloat16).splitlines()
     assert first.endswith(": naive")
-    assert reasons == [f"{name}: QLORA_LINEAR_KERNEL asks for naive" for name in ("skinny_sm90", "dense")]
+    assert reasons == [f"{name}: QLORA_LINEAR_KERNEL asks for naive" for name in (*FUSED, "dense")]
     assert c_library.explain(weight, 4, torch.bfloat16, size=8) == "linear_"
 
 
@@ -242,7 +209,8 @@ def test_unknown_kernel_is_an_error_with_the_names(kernel) -> None:
     kernel("fastest")
     args, form, _ = quantized(64, 64, torch.bfloat16, False)
     with pytest.raises(
-        RuntimeError, match="QLORA_LINEAR_KERNEL: expected one of skinny_sm90, dense, naive, got fastest"
+        RuntimeError,
+        match="QLORA_LINEAR_KERNEL: expected one of skinny_sm90, wide_sm90, wide_grad_sm90, dense, naive, got fastest",
     ):
         ops.linear_4bit(randn(2, 64, dtype=torch.bfloat16, seed=0), *args, **form)
 
