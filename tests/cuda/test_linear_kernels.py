@@ -246,7 +246,8 @@ def test_nothing_is_written_behind_the_workspace_or_the_output(kernel, dtype: to
         assert (y[3] == 77.0).all()
 
 
-def test_small_workspace_is_an_error_with_the_sizes() -> None:
+def test_small_workspace_is_an_error_with_the_sizes(kernel) -> None:
+    kernel("dense")
     args, _, _ = quantized(64, 64, torch.bfloat16, False)
     x, y = (torch.zeros(2, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     weight = c_library.describe_weight(64, 64)

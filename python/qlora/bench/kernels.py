@@ -1,4 +1,4 @@
-"""`qlora bench quantize|dequantize|linear`: our operators beside the hardware's limit, cuBLAS and bitsandbytes."""
+"""`qlora bench quantize|dequantize`: our operators beside the hardware's limit and bitsandbytes; what gemm.py shares."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from qlora import ops
-from qlora.bench.timing import num_rotations, time_eager, time_events, time_graph
+from qlora.bench.timing import num_rotations, time_events, time_graph
 
 SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096))
 """[out_features, in_features] of the linear layers of Llama-3-8B."""
-LINEAR_ROWS = (1, 16, 128, 512, 2048, 8192)
 BITS_PER_WEIGHT = 4 + 8 / 64 + 32 / (64 * 256)
 
 
@@ -98,44 +97,6 @@ def bench_dequantize(limits: Limits) -> list[dict[str, Any]]:
     return rows
 
 
-def bench_linear(limits: Limits, num_tokens: tuple[int, ...] = LINEAR_ROWS) -> list[dict[str, Any]]:
-    """y = x W^T and dx = dy W in bf16. Limit: the larger of bytes over bandwidth and 2 m n k over the FLOP rate."""
-    rows = []
-    bnb = bitsandbytes()
-    for shape in SHAPES:
-        n, k = shape
-        weights = [
-            Weight.random(shape) for _ in range(num_rotations(n * k * BITS_PER_WEIGHT / 8, largest=64))
-        ]
-        dense = [
-            torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(num_rotations(2 * n * k))
-        ]
-        states = [bitsandbytes_state(bnb, weight) for weight in weights] if bnb is not None else []
-        for m in num_tokens:
-            num_bytes = n * k * BITS_PER_WEIGHT / 8 + 2 * m * (n + k)
-            limit = max(num_bytes / limits.bandwidth, 2 * m * n * k / limits.flops) * 1e6
-            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            dy = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
-            row: dict[str, Any] = {"shape": shape, "m": m, "limit_us": limit}
-            row["qlora_us"] = time_graph([_linear(x, weight) for weight in weights])
-            row["qlora_grad_us"] = time_graph([_grad_input(dy, weight) for weight in weights])
-            row["qlora_eager_us"] = time_eager(_linear(x, weights[0]))
-            row["cublas_us"] = time_graph([partial(torch.nn.functional.linear, x, w) for w in dense])
-            row["cublas_grad_us"] = time_graph([partial(torch.matmul, dy, w) for w in dense])
-            if bnb is not None:
-                pairs = list(zip(weights, states, strict=True))
-                with torch.no_grad():
-                    row["bitsandbytes_us"] = time_graph(
-                        [_bitsandbytes_linear(bnb, x, w, s) for w, s in pairs]
-                    )
-                    row["bitsandbytes_eager_us"] = time_eager(_bitsandbytes_linear(bnb, x, *pairs[0]))
-                row["bitsandbytes_grad_us"] = time_graph(
-                    [_bitsandbytes_grad_input(bnb, dy, w, s) for w, s in pairs]
-                )
-            rows.append(row)
-    return rows
-
-
 def bitsandbytes_state(bnb: Any, weight: Weight) -> Any:
     """The same weight as bitsandbytes' QuantState; the tensors are shared."""
     quant_map = bnb.functional.get_4bit_type("nf4", device="cuda")
@@ -161,23 +122,3 @@ def _dequantize(weight: Weight) -> Callable[[], torch.Tensor]:
     return lambda: ops.dequantize_4bit(
         weight.packed, weight.absmax, weight.shape, dtype=torch.bfloat16, **weight.options
     )
-
-
-def _linear(x: torch.Tensor, weight: Weight) -> Callable[[], torch.Tensor]:
-    return lambda: ops.linear_4bit(x, weight.packed, weight.absmax, weight.shape, **weight.options)
-
-
-def _grad_input(dy: torch.Tensor, weight: Weight) -> Callable[[], torch.Tensor]:
-    return lambda: ops.linear_4bit_grad_input(
-        dy, weight.packed, weight.absmax, weight.shape, **weight.options
-    )
-
-
-def _bitsandbytes_grad_input(
-    bnb: Any, dy: torch.Tensor, weight: Weight, state: Any
-) -> Callable[[], torch.Tensor]:
-    return lambda: dy @ bnb.functional.dequantize_4bit(weight.packed, state)
-
-
-def _bitsandbytes_linear(bnb: Any, x: torch.Tensor, weight: Weight, state: Any) -> Callable[[], torch.Tensor]:
-    return lambda: bnb.matmul_4bit(x, weight.packed.t(), quant_state=state)

@@ -14,14 +14,14 @@ from typing import Any
 
 NAME = "bench"
 HELP = "measure kernels or a training step beside cuBLAS and bitsandbytes (GPU only)"
-KERNELS = ("quantize", "dequantize", "linear")
+KERNELS = ("quantize", "dequantize", "gemm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=(*KERNELS, "train"), help="what to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument(
-        "--tokens", default=None, metavar="M,M,...", help="linear: rows of the activations (default: a sweep)"
+        "--rows", default=None, metavar="M,M,...", help="gemm: rows of the activations (default: 1 to 8192)"
     )
     parser.add_argument(
         "--model", type=Path, help="train: checkpoint (default: random weights of Llama-3-8B's shape)"
@@ -61,7 +61,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for package in ("qlora-kernels", "bitsandbytes", "transformers", "peft"):
+    for package in ("qlora-kernels", "bitsandbytes", "humming-kernels", "transformers", "peft"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -77,7 +77,7 @@ def environment() -> dict[str, Any]:
 def _bench_kernels(arguments: argparse.Namespace, result: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
-    from qlora.bench import kernels
+    from qlora.bench import gemm, kernels
     from qlora.bench.timing import copy_bandwidth, time_graph
 
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -88,14 +88,15 @@ def _bench_kernels(arguments: argparse.Namespace, result: dict[str, Any]) -> lis
     elif arguments.what == "dequantize":
         figures = kernels.bench_dequantize(limits)
     else:
-        tokens: tuple[int, ...] = kernels.LINEAR_ROWS
-        if arguments.tokens is not None:
-            tokens = tuple(int(part) for part in arguments.tokens.split(","))
-        figures = kernels.bench_linear(limits, tokens)
+        rows: tuple[int, ...] = gemm.ROWS
+        if arguments.rows is not None:
+            rows = tuple(int(part) for part in arguments.rows.split(","))
+        figures = gemm.bench_gemm(limits, rows)
     print(
         f"copy {limits.bandwidth / 1e12:.2f} TB/s, 8192^3 bf16 product {limits.flops / 1e12:.0f} TFLOP/s; times in µs"
     )
-    _print_table(figures)
+    for kind in dict.fromkeys(figure.get("kind") for figure in figures):
+        _print_table([figure for figure in figures if figure.get("kind") == kind])
     return figures
 
 
