@@ -134,7 +134,7 @@ def _bitsandbytes_grad_calls(weights: list[Weight]) -> dict[str, list[Callable[[
 def _humming_calls(shape: tuple[int, int], count: int) -> dict[str, list[Callable[[Tensor], Tensor]]]:
     """int4 in groups of 64 with bf16 scales. Compiles at the first call of each number of rows."""
     try:
-        from humming.layer import HummingLayer
+        from humming.layer import HummingLayer  # type: ignore[import-not-found]
 
         layers = []
         for _ in range(count):
@@ -147,7 +147,7 @@ def _humming_calls(shape: tuple[int, int], count: int) -> dict[str, list[Callabl
             layer.load_from_unquantized(torch.randn(shape, device="cuda", dtype=torch.bfloat16))
             layer.transform()
             layers.append(layer)
-    except Exception as error:  # a peer: whatever it raises, the others are measured
+    except Exception as error:  # noqa: BLE001  a peer: whatever it raises, the others are measured
         if not isinstance(error, ImportError):
             print(f"qlora bench gemm: humming left out: {error!r}", file=sys.stderr)
         return {}
@@ -158,7 +158,7 @@ def _torch_int4_calls(shape: tuple[int, int], count: int) -> dict[str, list[Call
     """torch's int4 in groups of 64 with bf16 scales and zeros."""
     n, k = shape
     scales = torch.ones(k // 64, n, 2, device="cuda", dtype=torch.bfloat16)
-    calls = []
+    calls: list[Callable[[Tensor], Tensor]] = []
     try:
         for _ in range(count):
             values = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
