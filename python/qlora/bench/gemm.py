@@ -26,7 +26,8 @@ EAGER_ROWS = (1, 16)
 PEER_ROWS = 1024
 """Up to this many rows torch's int4 is measured: above, a call takes milliseconds."""
 
-Call = Callable[[], Any]
+Calls = dict[str, list[Callable[[Tensor], Any]]]
+"""For each stack one call a weight."""
 
 
 def bench_gemm(limits: Limits, num_rows: Sequence[int] = ROWS) -> list[dict[str, Any]]:
@@ -45,14 +46,14 @@ def bench_gemm(limits: Limits, num_rows: Sequence[int] = ROWS) -> list[dict[str,
                 torch.randn(shape, device="cuda", dtype=torch.bfloat16)
                 for _ in range(num_rotations(2 * n * k))
             ]
-            forward = {
+            forward: Calls = {
                 "qlora": [partial(_linear, weight) for weight in weights],
                 "cublas": [partial(_dense_linear, weight) for weight in dense],
                 **_bitsandbytes_calls(weights),
                 **_humming_calls(shape, count),
                 **_torch_int4_calls(shape, count),
             }
-            gradient = {
+            gradient: Calls = {
                 "qlora": [partial(_grad_input, weight) for weight in weights],
                 "cublas": [partial(_dense_grad_input, weight) for weight in dense],
                 **_bitsandbytes_grad_calls(weights),
@@ -100,7 +101,7 @@ def _dense_grad_input(weight: Tensor, dy: Tensor) -> Tensor:
     return dy @ weight
 
 
-def _bitsandbytes_calls(weights: list[Weight]) -> dict[str, list[Callable[[Tensor], Tensor]]]:
+def _bitsandbytes_calls(weights: list[Weight]) -> Calls:
     """What bitsandbytes chooses, and its path of two kernels, which it takes from some rows on."""
     bnb = bitsandbytes()
     if bnb is None:
@@ -120,7 +121,7 @@ def _bitsandbytes_calls(weights: list[Weight]) -> dict[str, list[Callable[[Tenso
     }
 
 
-def _bitsandbytes_grad_calls(weights: list[Weight]) -> dict[str, list[Callable[[Tensor], Tensor]]]:
+def _bitsandbytes_grad_calls(weights: list[Weight]) -> Calls:
     bnb = bitsandbytes()
     if bnb is None:
         return {}
@@ -131,7 +132,7 @@ def _bitsandbytes_grad_calls(weights: list[Weight]) -> dict[str, list[Callable[[
     return {"bitsandbytes": [partial(call, weight, bitsandbytes_state(bnb, weight)) for weight in weights]}
 
 
-def _humming_calls(shape: tuple[int, int], count: int) -> dict[str, list[Callable[[Tensor], Tensor]]]:
+def _humming_calls(shape: tuple[int, int], count: int) -> Calls:
     """int4 in groups of 64 with bf16 scales. Compiles at the first call of each number of rows."""
     try:
         from humming.layer import HummingLayer  # type: ignore[import-not-found]
@@ -154,11 +155,11 @@ def _humming_calls(shape: tuple[int, int], count: int) -> dict[str, list[Callabl
     return {"humming": layers}
 
 
-def _torch_int4_calls(shape: tuple[int, int], count: int) -> dict[str, list[Callable[[Tensor], Tensor]]]:
+def _torch_int4_calls(shape: tuple[int, int], count: int) -> Calls:
     """torch's int4 in groups of 64 with bf16 scales and zeros."""
     n, k = shape
     scales = torch.ones(k // 64, n, 2, device="cuda", dtype=torch.bfloat16)
-    calls: list[Callable[[Tensor], Tensor]] = []
+    calls: list[Callable[[Tensor], Any]] = []
     try:
         for _ in range(count):
             values = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
