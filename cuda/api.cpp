@@ -52,7 +52,7 @@ Gemm describe_gemm(const char* op, const qlora_weight_4bit* weight, int64_t m, q
   problem.m = m;
   problem.dtype = dtype;
   problem.weight = *weight;
-  if (has_bias != 0) problem.bias = weight;  // Only whether it is null is read.
+  problem.has_bias = has_bias != 0;
   check_gemm(op, problem);
   return problem;
 }
@@ -162,8 +162,9 @@ qlora_status qlora_linear_4bit_cuda(const void* x, int64_t m, qlora_dtype dtype,
                                     qlora_stream stream) {
   return guarded([&] {
     qlora::check_weight("linear_4bit", weight);
-    qlora::run_linear({qlora::Direction::kForward, m, dtype, *weight, x, bias, y, workspace, workspace_size}, device,
-                      stream);
+    qlora::run_linear(
+        {qlora::Direction::kForward, m, dtype, *weight, x, bias, y, workspace, workspace_size, bias != nullptr}, device,
+        stream);
   });
 }
 
@@ -172,8 +173,9 @@ qlora_status qlora_linear_4bit_grad_input_cuda(const void* dy, int64_t m, qlora_
                                                int64_t workspace_size, int32_t device, qlora_stream stream) {
   return guarded([&] {
     qlora::check_weight("linear_4bit_grad_input", weight);
-    qlora::run_linear({qlora::Direction::kGradInput, m, dtype, *weight, dy, nullptr, dx, workspace, workspace_size},
-                      device, stream);
+    qlora::run_linear(
+        {qlora::Direction::kGradInput, m, dtype, *weight, dy, nullptr, dx, workspace, workspace_size, false}, device,
+        stream);
   });
 }
 

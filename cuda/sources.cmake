@@ -12,7 +12,6 @@ target_sources(qlora PRIVATE
   cuda/gemm/select.cpp
   cuda/gemm/skinny_sm90.cu
   cuda/gemm/split.cu
-  cuda/gemm/wide_host.cu
   cuda/gemm/wide_grad_sm90.cu
   cuda/gemm/wide_sm90.cu
   cuda/quantize.cu

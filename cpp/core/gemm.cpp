@@ -9,7 +9,7 @@ std::string to_string(const Gemm& problem) {
   return concat(problem.direction == Direction::kForward ? "linear_4bit" : "linear_4bit_grad_input", " m=", problem.m,
                 " n=", weight.rows, " k=", weight.cols, " ", to_string(problem.dtype), " ", to_string(weight.format),
                 " block ", weight.block_size, is_nested(weight) ? " double-quantised" : "",
-                problem.has_bias() ? " bias" : "");
+                problem.has_bias ? " bias" : "");
 }
 
 }  // namespace qlora

@@ -20,12 +20,11 @@ struct Gemm {
   qlora_dtype dtype;
   qlora_weight_4bit weight;  // rows n, cols k
   const void* input;         // x [m, k] or dy [m, n]
-  const void* bias;          // [n] or null; null for kGradInput
+  const void* bias;          // [n] or null, or not known yet where only has_bias is read
   void* output;              // y [m, n] or dx [m, k]
   void* workspace;
   int64_t workspace_size;
-
-  bool has_bias() const { return bias != nullptr; }
+  bool has_bias;
 };
 
 // For example "linear_4bit m=4 n=4096 k=4096 bfloat16 nf4 block 64 double-quantised bias".

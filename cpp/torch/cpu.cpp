@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor> quantize_4bit(Tensor input, int64_t block_size, std::
   const qlora_dtype dtype = dtype_of(op, "input", input.scalar_type());
   const int64_t n = input.numel();
   const Tensor x = checked(op, "input", input, std::nullopt, input, n);
-  Tensor packed = torch::stable::new_empty(x, {num_packed_bytes(n), 1}, ScalarType::Byte);
-  Tensor absmax = torch::stable::new_empty(x, {num_blocks(n, block_size)}, ScalarType::Float);
+  Tensor packed = empty_on_device_of(x, {num_packed_bytes(n), 1}, ScalarType::Byte);
+  Tensor absmax = empty_on_device_of(x, {num_blocks(n, block_size)}, ScalarType::Float);
   auto* packed_out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   auto* absmax_out = static_cast<float*>(absmax.mutable_data_ptr());
   for_units(num_blocks(n, block_size), block_size, [&](int64_t begin, int64_t end) {
@@ -52,7 +52,7 @@ Tensor dequantize_4bit(Tensor packed, Tensor absmax, std::optional<Tensor> neste
   const qlora_dtype out_dtype = dtype_of(op, "dtype", dtype);
   const Weight weight(op, packed, absmax, nested_absmax, nested_quant_map, nested_offset, shape, block_size, quant_type,
                       packed);
-  Tensor output = torch::stable::new_empty(packed, shape, dtype);
+  Tensor output = empty_on_device_of(packed, shape, dtype);
   void* out = output.mutable_data_ptr();
   for_units(num_blocks(weight.num_values(), block_size), block_size, [&](int64_t begin, int64_t end) {
     return qlora_dequantize_4bit_cpu(weight.get(), out, out_dtype, begin, end);
@@ -66,8 +66,8 @@ std::tuple<Tensor, Tensor> quantize_absmax(Tensor absmax, Tensor nested_offset, 
   const Tensor x = checked(op, "absmax", absmax, ScalarType::Float, absmax, n);
   const Tensor offset = checked(op, "nested_offset", nested_offset, ScalarType::Float, absmax, 1);
   const Tensor map = checked(op, "nested_quant_map", nested_quant_map, ScalarType::Float, absmax, 256);
-  Tensor codes = torch::stable::new_empty(x, {n}, ScalarType::Byte);
-  Tensor nested_absmax = torch::stable::new_empty(x, {num_nested_blocks(n)}, ScalarType::Float);
+  Tensor codes = empty_on_device_of(x, {n}, ScalarType::Byte);
+  Tensor nested_absmax = empty_on_device_of(x, {num_nested_blocks(n)}, ScalarType::Float);
   auto* codes_out = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* nested_out = static_cast<float*>(nested_absmax.mutable_data_ptr());
   for_units(num_nested_blocks(n), kNestedBlockSize, [&](int64_t begin, int64_t end) {
@@ -84,7 +84,7 @@ Tensor dequantize_absmax(Tensor codes, Tensor nested_absmax, Tensor nested_quant
   const Tensor scales = checked(op, "nested_absmax", nested_absmax, ScalarType::Float, codes, num_nested_blocks(n));
   const Tensor map = checked(op, "nested_quant_map", nested_quant_map, ScalarType::Float, codes, 256);
   const Tensor offset = checked(op, "nested_offset", nested_offset, ScalarType::Float, codes, 1);
-  Tensor absmax = torch::stable::new_empty(q, {n}, ScalarType::Float);
+  Tensor absmax = empty_on_device_of(q, {n}, ScalarType::Float);
   auto* out = static_cast<float*>(absmax.mutable_data_ptr());
   for_units(n, 1, [&](int64_t begin, int64_t end) {
     return qlora_dequantize_absmax_cpu(q.const_data_ptr<uint8_t>(), n, scales.const_data_ptr<float>(),
@@ -143,7 +143,7 @@ Tensor embedding_4bit(Tensor indices, Tensor packed, Tensor absmax, std::optiona
   const Tensor rows = checked(op, "indices", indices, ScalarType::Long, indices, count);
   Shape out_shape(indices.sizes().begin(), indices.sizes().end());
   out_shape.push_back(weight.cols());
-  Tensor output = torch::stable::new_empty(rows, out_shape, dtype);
+  Tensor output = empty_on_device_of(rows, out_shape, dtype);
   void* out = output.mutable_data_ptr();
   for_units(count, weight.cols(), [&](int64_t begin, int64_t end) {
     return qlora_embedding_4bit_cpu(rows.const_data_ptr<int64_t>(), count, weight.get(), out, out_dtype, begin, end);

@@ -35,7 +35,7 @@ struct Workspace {
     throw_on_failure(qlora_linear_4bit_workspace_size(weight.get(), operand.m, operand.dtype, is_grad ? 1 : 0,
                                                       has_bias ? 1 : 0, device, &size));
     if (size == 0) return;
-    kept = torch::stable::new_empty(operand.values, {size}, ScalarType::Byte);
+    kept = empty_on_device_of(operand.values, {size}, ScalarType::Byte);
     data = kept->mutable_data_ptr();
   }
 
@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor> quantize_4bit(Tensor input, int64_t block_size, std::
   const int64_t n = input.numel();
   const Launch launch(input);
   const Tensor x = checked(op, "input", input, std::nullopt, input, n);
-  Tensor packed = torch::stable::new_empty(x, {num_packed_bytes(n), 1}, ScalarType::Byte);
-  Tensor absmax = torch::stable::new_empty(x, {num_blocks(n, block_size)}, ScalarType::Float);
+  Tensor packed = empty_on_device_of(x, {num_packed_bytes(n), 1}, ScalarType::Byte);
+  Tensor absmax = empty_on_device_of(x, {num_blocks(n, block_size)}, ScalarType::Float);
   if (n == 0) return {packed, absmax};
   throw_on_failure(qlora_quantize_4bit_cuda(x.const_data_ptr(), dtype, n, block_size, format,
                                             packed.mutable_data_ptr<uint8_t>(), absmax.mutable_data_ptr<float>(),
@@ -69,7 +69,7 @@ Tensor dequantize_4bit(Tensor packed, Tensor absmax, std::optional<Tensor> neste
   const Launch launch(packed);
   const Weight weight(op, packed, absmax, nested_absmax, nested_quant_map, nested_offset, shape, block_size, quant_type,
                       packed);
-  Tensor output = torch::stable::new_empty(packed, shape, dtype);
+  Tensor output = empty_on_device_of(packed, shape, dtype);
   if (weight.num_values() == 0) return output;
   throw_on_failure(
       qlora_dequantize_4bit_cuda(weight.get(), output.mutable_data_ptr(), out_dtype, launch.device, launch.stream));
@@ -83,8 +83,8 @@ std::tuple<Tensor, Tensor> quantize_absmax(Tensor absmax, Tensor nested_offset, 
   const Tensor x = checked(op, "absmax", absmax, ScalarType::Float, absmax, n);
   const Tensor offset = checked(op, "nested_offset", nested_offset, ScalarType::Float, absmax, 1);
   const Tensor map = checked(op, "nested_quant_map", nested_quant_map, ScalarType::Float, absmax, 256);
-  Tensor codes = torch::stable::new_empty(x, {n}, ScalarType::Byte);
-  Tensor nested_absmax = torch::stable::new_empty(x, {num_nested_blocks(n)}, ScalarType::Float);
+  Tensor codes = empty_on_device_of(x, {n}, ScalarType::Byte);
+  Tensor nested_absmax = empty_on_device_of(x, {num_nested_blocks(n)}, ScalarType::Float);
   if (n == 0) return {codes, nested_absmax};
   throw_on_failure(qlora_quantize_absmax_cuda(x.const_data_ptr<float>(), n, offset.const_data_ptr<float>(),
                                               map.const_data_ptr<float>(), codes.mutable_data_ptr<uint8_t>(),
@@ -100,7 +100,7 @@ Tensor dequantize_absmax(Tensor codes, Tensor nested_absmax, Tensor nested_quant
   const Tensor scales = checked(op, "nested_absmax", nested_absmax, ScalarType::Float, codes, num_nested_blocks(n));
   const Tensor map = checked(op, "nested_quant_map", nested_quant_map, ScalarType::Float, codes, 256);
   const Tensor offset = checked(op, "nested_offset", nested_offset, ScalarType::Float, codes, 1);
-  Tensor absmax = torch::stable::new_empty(q, {n}, ScalarType::Float);
+  Tensor absmax = empty_on_device_of(q, {n}, ScalarType::Float);
   if (n == 0) return absmax;
   throw_on_failure(qlora_dequantize_absmax_cuda(q.const_data_ptr<uint8_t>(), n, scales.const_data_ptr<float>(),
                                                 map.const_data_ptr<float>(), offset.const_data_ptr<float>(),
@@ -160,7 +160,7 @@ Tensor embedding_4bit(Tensor indices, Tensor packed, Tensor absmax, std::optiona
   const Tensor rows = checked(op, "indices", indices, ScalarType::Long, indices, count);
   Shape out_shape(indices.sizes().begin(), indices.sizes().end());
   out_shape.push_back(weight.cols());
-  Tensor output = torch::stable::new_empty(rows, out_shape, dtype);
+  Tensor output = empty_on_device_of(rows, out_shape, dtype);
   if (output.numel() == 0) return output;
   throw_on_failure(qlora_embedding_4bit_cuda(rows.const_data_ptr<int64_t>(), count, weight.get(),
                                              output.mutable_data_ptr(), out_dtype, launch.device, launch.stream));

@@ -23,6 +23,25 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
 
+// Uninitialised, contiguous, on the device of `other`. Straight from the C interface: torch::stable::new_empty looks
+// its operator up by name at every call, which takes longer than launching a kernel.
+inline Tensor empty_on_device_of(const Tensor& other, const Shape& sizes, ScalarType dtype) {
+  Shape strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(other.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               other.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 inline void throw_on_failure(qlora_status status) { STD_TORCH_CHECK(status == QLORA_OK, "qlora.", qlora_last_error()); }
 
 inline qlora_dtype dtype_of(const char* op, const char* argument, ScalarType dtype) {
@@ -122,7 +141,7 @@ struct Rows {
   Tensor empty_beside(int64_t width) const {
     Shape shape = leading;
     shape.push_back(width);
-    return torch::stable::new_empty(values, shape);
+    return empty_on_device_of(values, shape, values.scalar_type());
   }
 
   Tensor values;

@@ -58,7 +58,7 @@ int64_t chunk_width(const Gemm& problem) {
   const int64_t depth = is_forward ? problem.weight.cols : problem.weight.rows;
   const int64_t column_bytes = depth * size_of(problem.dtype);
   int64_t widest = chunk_bytes(problem.m, column_bytes) / column_bytes;
-  if (problem.has_bias()) widest = std::min(widest, kMaxProductBytes / kProductBytes / problem.m);
+  if (problem.has_bias) widest = std::min(widest, kMaxProductBytes / kProductBytes / problem.m);
   widest = widest / kChunkMultiple * kChunkMultiple;
   const int64_t num_chunks = ceil_div(width, std::max(widest, kChunkMultiple));
   return std::min(width, round_up(ceil_div(width, num_chunks), kChunkMultiple));
@@ -127,13 +127,14 @@ void add_bias(const Gemm& problem, const float* product, int64_t begin, int64_t 
 
 }  // namespace
 
-std::string supports_dense(const Gemm& problem, const Device&) {
-  if (problem.m == 0 || num_values(problem.weight) == 0) return "m, n and k: expected at least 1 each";
-  return cublas_missing();
+bool supports_dense(const Gemm& problem, const Device&, std::string* why_not) {
+  if (problem.m == 0 || num_values(problem.weight) == 0) return refuse(why_not, "m, n and k: expected at least 1 each");
+  const std::string missing = cublas_missing();
+  return missing.empty() || refuse(why_not, missing);
 }
 
 int64_t dense_workspace_size(const Gemm& problem, const Device&) {
-  const int64_t product = problem.has_bias() ? problem.m * chunk_width(problem) * kProductBytes : 0;
+  const int64_t product = problem.has_bias ? problem.m * chunk_width(problem) * kProductBytes : 0;
   return kCublasWorkspaceBytes + chunk_buffer_size(problem) + product;
 }
 
@@ -152,7 +153,7 @@ void dense(const Gemm& problem, const Device& device, cudaStream_t stream) {
     dequantize_4bit(problem.weight, window, chunk, chunk_row, problem.dtype, stream);
     CublasGemm gemm = {};
     gemm.dtype = problem.dtype;
-    gemm.c_dtype = problem.has_bias() ? QLORA_FLOAT32 : problem.dtype;
+    gemm.c_dtype = problem.has_bias ? QLORA_FLOAT32 : problem.dtype;
     gemm.m = problem.m;
     gemm.n = end - begin;
     gemm.k = is_forward ? k : n;
@@ -161,11 +162,11 @@ void dense(const Gemm& problem, const Device& device, cudaStream_t stream) {
     gemm.b = chunk;
     gemm.ldb = chunk_row;
     gemm.is_b_transposed = is_forward;
-    gemm.c = problem.has_bias() ? static_cast<void*>(product)
-                                : static_cast<char*>(problem.output) + begin * size_of(problem.dtype);
-    gemm.ldc = problem.has_bias() ? gemm.n : width;
+    gemm.c = problem.has_bias ? static_cast<void*>(product)
+                              : static_cast<char*>(problem.output) + begin * size_of(problem.dtype);
+    gemm.ldc = problem.has_bias ? gemm.n : width;
     cublas_gemm(gemm, device.index, problem.workspace, stream);
-    if (problem.has_bias()) add_bias(problem, product, begin, gemm.n, stream);
+    if (problem.has_bias) add_bias(problem, product, begin, gemm.n, stream);
   }
 }
 

@@ -1,7 +1,8 @@
 // The linear kernels. Each is a trio:
-//   supports_x(problem, device)        "" where the kernel serves the problem, else the first reason why not
-//   x_workspace_size(problem, device)  bytes that x needs; absent for kernels that need none
-//   x(problem, device, stream)         runs it on the current device, which is `device`
+//   supports_x(problem, device, why_not)  whether the kernel serves the problem; if not, the first reason why, where
+//                                         why_not is not null (a call chooses three times and wants no text made)
+//   x_workspace_size(problem, device)     bytes that x needs; absent for kernels that need none
+//   x(problem, device, stream)            runs it on the current device, which is `device`
 // Predicates read only shapes, dtypes and whether pointers are null. Their order is select.cpp's business.
 #pragma once
 
@@ -11,30 +12,38 @@
 #include <string>
 
 #include "core/gemm.h"
+#include "core/status.h"
 #include "cuda/device_guard.h"
 
 namespace qlora {
 
+// False, for a predicate to return, with the reason for those who ask.
+template <typename... Parts>
+bool refuse(std::string* why_not, const Parts&... parts) {
+  if (why_not != nullptr) *why_not = concat(parts...);
+  return false;
+}
+
 // naive.cu: any shape, a thread an output. The oracle on the GPU.
-std::string supports_naive(const Gemm& problem, const Device& device);
+bool supports_naive(const Gemm& problem, const Device& device, std::string* why_not);
 void naive(const Gemm& problem, const Device& device, cudaStream_t stream);
 
 // skinny_sm90.cu: 1 to 16 rows of x in 16 bits, block 64, k a multiple of 256; forward.
-std::string supports_skinny_sm90(const Gemm& problem, const Device& device);
+bool supports_skinny_sm90(const Gemm& problem, const Device& device, std::string* why_not);
 void skinny_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);
 
 // wide_sm90.cu: 1 to 256 rows of x in 16 bits, blocks of 64 and more, k a multiple of 64; forward, Hopper alone.
-std::string supports_wide_sm90(const Gemm& problem, const Device& device);
+bool supports_wide_sm90(const Gemm& problem, const Device& device, std::string* why_not);
 int64_t wide_sm90_workspace_size(const Gemm& problem, const Device& device);
 void wide_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);
 
 // wide_grad_sm90.cu: the same for the input gradient.
-std::string supports_wide_grad_sm90(const Gemm& problem, const Device& device);
+bool supports_wide_grad_sm90(const Gemm& problem, const Device& device, std::string* why_not);
 int64_t wide_grad_sm90_workspace_size(const Gemm& problem, const Device& device);
 void wide_grad_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);
 
 // dense.cu: dequantise a chunk that fits L2, multiply it with cuBLAS, next chunk.
-std::string supports_dense(const Gemm& problem, const Device& device);
+bool supports_dense(const Gemm& problem, const Device& device, std::string* why_not);
 int64_t dense_workspace_size(const Gemm& problem, const Device& device);
 void dense(const Gemm& problem, const Device& device, cudaStream_t stream);
 

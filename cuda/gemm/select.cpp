@@ -11,7 +11,7 @@ namespace {
 
 struct Kernel {
   const char* name;
-  std::string (*supports)(const Gemm& problem, const Device& device);
+  bool (*supports)(const Gemm& problem, const Device& device, std::string* why_not);
   int64_t (*workspace_size)(const Gemm& problem, const Device& device);  // null: none
   void (*run)(const Gemm& problem, const Device& device, cudaStream_t stream);
 };
@@ -37,23 +37,25 @@ const char* forced_kernel() {
   fail(QLORA_INVALID_ARGUMENT, "QLORA_LINEAR_KERNEL: expected one of ", names, ", got ", name);
 }
 
-// The kernel for the problem, or null; appends "\n<kernel>: <reason>" to `reasons` for each passed over.
-const Kernel* find_kernel(const Gemm& problem, const Device& device, std::string& reasons) {
+// The kernel for the problem, or null; appends "\n<kernel>: <reason>" for each passed over to `reasons`, if not null.
+const Kernel* find_kernel(const Gemm& problem, const Device& device, std::string* reasons) {
   const char* const forced = forced_kernel();
   for (const Kernel& kernel : kKernels) {
-    const std::string reason = forced != nullptr && std::strcmp(kernel.name, forced) != 0
-                                   ? concat("QLORA_LINEAR_KERNEL asks for ", forced)
-                                   : kernel.supports(problem, device);
-    if (reason.empty()) return &kernel;
-    reasons += concat("\n", kernel.name, ": ", reason);
+    std::string reason;
+    std::string* const why_not = reasons == nullptr ? nullptr : &reason;
+    const bool is_allowed = forced == nullptr || std::strcmp(kernel.name, forced) == 0 ||
+                            refuse(why_not, "QLORA_LINEAR_KERNEL asks for ", forced);
+    if (is_allowed && kernel.supports(problem, device, why_not)) return &kernel;
+    if (reasons != nullptr) *reasons += concat("\n", kernel.name, ": ", reason);
   }
   return nullptr;
 }
 
 const Kernel& select_kernel(const Gemm& problem, const Device& device) {
-  std::string reasons;
-  const Kernel* const kernel = find_kernel(problem, device, reasons);
+  const Kernel* const kernel = find_kernel(problem, device, nullptr);
   if (kernel == nullptr) {
+    std::string reasons;
+    find_kernel(problem, device, &reasons);
     fail(QLORA_UNSUPPORTED, to_string(problem), ": expected a kernel for device ", device.index, " (sm_", device.major,
          device.minor, "), got none:", reasons);
   }
@@ -73,7 +75,7 @@ int64_t gemm_workspace_size(const Gemm& problem, const Device& device) {
 
 std::string explain_gemm(const Gemm& problem, const Device& device) {
   std::string reasons;
-  const Kernel* const kernel = find_kernel(problem, device, reasons);
+  const Kernel* const kernel = find_kernel(problem, device, &reasons);
   return concat(to_string(problem), " on device ", device.index, " (sm_", device.major, device.minor,
                 "): ", kernel == nullptr ? "no kernel" : kernel->name, reasons);
 }

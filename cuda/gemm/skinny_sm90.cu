@@ -470,26 +470,26 @@ int count_clusters(const void* kernel, int split) {
 
 }  // namespace
 
-std::string supports_skinny_sm90(const Gemm& problem, const Device& device) {
+bool supports_skinny_sm90(const Gemm& problem, const Device& device, std::string* why_not) {
   const qlora_weight_4bit& weight = problem.weight;
   const int64_t max_cols = int64_t{kMaxSplit} * kWarps * kChunkCols;
-  if (problem.direction != Direction::kForward) return "expected the forward product";
+  if (problem.direction != Direction::kForward) return refuse(why_not, "expected the forward product");
   if (device.major < 9)
-    return concat("expected compute capability 9.0 or newer, got ", device.major, ".", device.minor);
+    return refuse(why_not, "expected compute capability 9.0 or newer, got ", device.major, ".", device.minor);
   if (device.max_shared_bytes < kSharedBytes) {
-    return concat("expected ", kSharedBytes, " bytes of shared memory, got ", device.max_shared_bytes);
+    return refuse(why_not, "expected ", kSharedBytes, " bytes of shared memory, got ", device.max_shared_bytes);
   }
-  if (problem.dtype == QLORA_FLOAT32) return "expected float16 or bfloat16";
-  if (problem.m < 1 || problem.m > kMaxTokens) return concat("m: expected 1 to ", kMaxTokens);
-  if (weight.block_size != kBlockSize) return concat("block_size: expected ", kBlockSize);
-  if (weight.rows < 1 || weight.rows > INT32_MAX - kTileRows) return "n: expected 1 to 2^31 - 17";
+  if (problem.dtype == QLORA_FLOAT32) return refuse(why_not, "expected float16 or bfloat16");
+  if (problem.m < 1 || problem.m > kMaxTokens) return refuse(why_not, "m: expected 1 to ", kMaxTokens);
+  if (weight.block_size != kBlockSize) return refuse(why_not, "block_size: expected ", kBlockSize);
+  if (weight.rows < 1 || weight.rows > INT32_MAX - kTileRows) return refuse(why_not, "n: expected 1 to 2^31 - 17");
   if (weight.cols < 1 || weight.cols % kChunkCols != 0 || weight.cols > max_cols) {
-    return concat("k: expected a multiple of ", kChunkCols, " up to ", max_cols);
+    return refuse(why_not, "k: expected a multiple of ", kChunkCols, " up to ", max_cols);
   }
   const void* const any = reinterpret_cast<const void*>(skinny_kernel<__nv_bfloat16, 8, 1, true>);
   if (!is_compiled_for_sm90(device, any))
-    return "expected a libqlora built for this GPU's architecture (QLORA_CUDA_ARCHS)";
-  return "";
+    return refuse(why_not, "expected a libqlora built for this GPU's architecture (QLORA_CUDA_ARCHS)");
+  return true;
 }
 
 void skinny_sm90(const Gemm& problem, const Device& device, cudaStream_t stream) {

@@ -319,10 +319,10 @@ __global__ __launch_bounds__(kThreads<Config>,
 
 }  // namespace
 
-std::string supports_wide_grad_sm90(const Gemm& problem, const Device& device) {
-  if (problem.direction != Direction::kGradInput) return "expected the input gradient";
-  return supports(problem, device,
-                  reinterpret_cast<const void*>(wide_grad_kernel<__nv_bfloat16, GradConfig<16>, true>));
+bool supports_wide_grad_sm90(const Gemm& problem, const Device& device, std::string* why_not) {
+  if (problem.direction != Direction::kGradInput) return refuse(why_not, "expected the input gradient");
+  const auto* const any = reinterpret_cast<const void*>(wide_grad_kernel<__nv_bfloat16, GradConfig<16>, true>);
+  return supports(problem, device, any, why_not);
 }
 
 int64_t wide_grad_sm90_workspace_size(const Gemm& problem, const Device& device) {

@@ -329,9 +329,10 @@ __global__ __launch_bounds__(kThreads<Config>, 1) void wide_kernel(const __grid_
 
 }  // namespace
 
-std::string supports_wide_sm90(const Gemm& problem, const Device& device) {
-  if (problem.direction != Direction::kForward) return "expected the forward product";
-  return supports(problem, device, reinterpret_cast<const void*>(wide_kernel<__nv_bfloat16, ForwardConfig<16>, true>));
+bool supports_wide_sm90(const Gemm& problem, const Device& device, std::string* why_not) {
+  if (problem.direction != Direction::kForward) return refuse(why_not, "expected the forward product");
+  const auto* const any = reinterpret_cast<const void*>(wide_kernel<__nv_bfloat16, ForwardConfig<16>, true>);
+  return supports(problem, device, any, why_not);
 }
 
 int64_t wide_sm90_workspace_size(const Gemm& problem, const Device& device) { return workspace_size(problem, device); }
