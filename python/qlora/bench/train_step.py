@@ -15,33 +15,12 @@ from typing import Any
 
 import torch
 
+from qlora.bench.llama import STACKS, load_model
+
 TARGETS = {
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "qv": ["q_proj", "v_proj"],
 }
-STACKS = ("qlora", "bitsandbytes", "bf16")
-
-
-def make_llama3_8b(directory: Path, num_layers: int = 32) -> None:
-    """Writes a random bf16 checkpoint of Llama-3-8B's shape (16 GB with 32 layers) through transformers itself."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=num_layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(directory, max_shard_size="2GB")
 
 
 def load_and_adapt(
@@ -49,36 +28,11 @@ def load_and_adapt(
 ) -> torch.nn.Module:
     """The model with adapters as the stack's documentation builds it; load time and memory go into `result`."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quantization_config: Any = None
+    model = load_model(stack, directory, result)
     if stack == "qlora":
         import qlora
 
-        quantization_config = qlora.QuantConfig()
-    elif stack == "bitsandbytes":
-        quantization_config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(
-        directory,
-        quantization_config=quantization_config,
-        dtype=torch.bfloat16,
-        device_map={"": 0},
-        attn_implementation="sdpa",
-    )
-    torch.cuda.synchronize()
-    result["load_s"] = round(time.perf_counter() - start, 2)
-    result["load_peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    result["model_gb"] = round(torch.cuda.memory_allocated() / 1e9, 2)
-    layer = type(model.get_submodule("model.layers.0.self_attn.q_proj"))
-    result["layer"] = f"{layer.__module__}.{layer.__qualname__}"
-    if stack == "qlora":
         return qlora.add_lora(qlora.prepare(model), r=rank, alpha=16, targets=targets)
     checkpointing = {"use_reentrant": False}
     if stack == "bitsandbytes":

@@ -1,4 +1,4 @@
-"""`qlora bench`: kernels and a training step beside cuBLAS and bitsandbytes, as a table and as JSON."""
+"""`qlora bench`: kernels, a training step and generation beside cuBLAS and bitsandbytes, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ from pathlib import Path
 from typing import Any
 
 NAME = "bench"
-HELP = "measure kernels or a training step beside cuBLAS and bitsandbytes (GPU only)"
+HELP = "measure kernels, a training step or generation beside cuBLAS and bitsandbytes (GPU only)"
 KERNELS = ("quantize", "dequantize", "gemm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=(*KERNELS, "train"), help="what to measure")
+    parser.add_argument("what", choices=(*KERNELS, "train", "generate"), help="what to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument(
         "--rows", default=None, metavar="M,M,...", help="gemm: rows of the activations (default: 1 to 8192)"
     )
     parser.add_argument(
-        "--model", type=Path, help="train: checkpoint (default: random weights of Llama-3-8B's shape)"
+        "--model",
+        type=Path,
+        help="train, generate: checkpoint (default: random weights of Llama-3-8B's shape)",
     )
     parser.add_argument(
         "--stacks",
         default="qlora,bitsandbytes,bf16",
-        help="train: comma-separated stacks (default: %(default)s)",
+        help="train, generate: comma-separated stacks (default: %(default)s)",
     )
     parser.add_argument(
-        "--cases", default="1x2048,4x2048", help="train: batch x length, ... (default: %(default)s)"
+        "--cases",
+        help="train: batch x length, ... (default: 1x2048,4x2048); generate: batches (default: 1,16)",
     )
     parser.add_argument("--targets", choices=("all", "qv"), default="all", help="train: adapted layers")
     parser.add_argument("--rank", type=int, default=16, help="train: LoRA rank (default: %(default)s)")
@@ -45,9 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
         print("qlora bench: expected a CUDA GPU, found none", file=sys.stderr)
         return 1
     result: dict[str, Any] = environment()
-    result["figures"] = (
-        _bench_train(arguments) if arguments.what == "train" else _bench_kernels(arguments, result)
-    )
+    if arguments.what == "train":
+        result["figures"] = _bench_train(arguments)
+    elif arguments.what == "generate":
+        result["figures"] = _bench_generate(arguments)
+    else:
+        result["figures"] = _bench_kernels(arguments, result)
     print(f"{result['gpu']}, {result['versions']}, {result['date']}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -101,7 +107,18 @@ def _bench_kernels(arguments: argparse.Namespace, result: dict[str, Any]) -> lis
 
 
 def _bench_train(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    from qlora.bench.train_step import make_llama3_8b
+    options = ["--cases", arguments.cases or "1x2048,4x2048"]
+    options += ["--targets", arguments.targets, "--rank", str(arguments.rank)]
+    return _bench_stacks("train_step", arguments, options)
+
+
+def _bench_generate(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    return _bench_stacks("generation", arguments, ["--batches", arguments.cases or "1,16"])
+
+
+def _bench_stacks(module: str, arguments: argparse.Namespace, options: list[str]) -> list[dict[str, Any]]:
+    """Runs `qlora.bench.<module>` for each stack in a process of its own; prints the table of their cases."""
+    from qlora.bench.llama import make_llama3_8b
 
     figures = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -111,19 +128,13 @@ def _bench_train(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             make_llama3_8b(model)
             _release_gpu()
         for stack in arguments.stacks.split(","):
-            command = [
-                sys.executable,
-                "-m",
-                "qlora.bench.train_step",
-                stack,
-                str(model),
-                "--cases",
-                arguments.cases,
-            ]
-            command += ["--targets", arguments.targets, "--rank", str(arguments.rank)]
+            command = [sys.executable, "-m", f"qlora.bench.{module}", stack, str(model), *options]
             process = subprocess.run(command, check=False, capture_output=True, text=True)
             if process.returncode != 0:
-                print(f"qlora bench train: {stack} failed:\n{process.stderr[-2000:]}", file=sys.stderr)
+                print(
+                    f"qlora bench {arguments.what}: {stack} failed:\n{process.stderr[-2000:]}",
+                    file=sys.stderr,
+                )
                 continue
             run_result = json.loads(process.stdout.splitlines()[-1])
             for case in run_result.pop("cases"):
