@@ -15,7 +15,7 @@ namespace qlora {
 inline constexpr int64_t kMaxGridX = 2147483647;
 inline constexpr int64_t kMaxGridY = 65535;
 
-// Blocks for `work` items at `per_block` each. Kernels stride over the grid, so a grid cut to the limit still does all.
+// Blocks for `work` items at `per_block` each, at most `limit`: a kernel that may have more strides over the grid.
 inline unsigned grid_size(int64_t work, int64_t per_block, int64_t limit = kMaxGridX) {
   return static_cast<unsigned>(std::min(ceil_div(work, per_block), limit));
 }

@@ -14,8 +14,13 @@ using Encode = decltype(&cuTensorMapEncodeTiled);
 Encode find_encode() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
   check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
              "cudaGetDriverEntryPointByVersion");
+#else
+  check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found),
+             "cudaGetDriverEntryPoint");
+#endif
   if (found != cudaDriverEntryPointSuccess || function == nullptr) {
     fail(QLORA_CUDA_ERROR, "cuTensorMapEncodeTiled: expected a driver for CUDA 12.0 or newer, got an older one");
   }

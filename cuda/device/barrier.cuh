@@ -75,7 +75,7 @@ __device__ __forceinline__ void limit_registers() {
   }
 }
 
-// A place in a ring: producers wait for `empty` of its stage with is_free_parity(), consumers for `full` with parity().
+// A place in a ring: producers wait for `empty` of its stage with free_parity(), consumers for `full` with parity().
 template <int kStages>
 class RingPlace {
  public:

@@ -10,7 +10,7 @@
 namespace qlora {
 
 // Parts for an output of num_tiles tiles, each a sum of num_steps steps, such that blocks of one a multiprocessor are
-// busy for as few steps as possible; a part costs as much as a few steps.
+// busy for as few steps as possible; a part costs as much as some steps.
 int best_num_parts(int64_t num_tiles, int64_t num_steps, int num_multiprocessors);
 
 // output [m, width] = sum of parts [num_parts, m, width] + bias [width], in the parts' order, rounded once.

@@ -1,15 +1,12 @@
 // dx = dy W for up to 256 rows of dy on Hopper's wgmma (wide_sm90.cuh has the frame): the weight is read once from HBM,
 // by rows as it lies there, and transposed on its way to the registers from which the tensor cores take it.
 //
-//   transpose  ldmatrix deals the packed bytes such that a lane holds bytes 2g and 2g + 1 of rows 2i and 2i + 1 of W,
-//   with
-//              g = lane / 4 and i = lane % 4: columns 4g..4g+3 of dx for two neighbouring values of n
-//   decode     fp32 values of a byte's pair, each scaled with its row's scale and rounded with its neighbour in n: the
-//   sum
-//              runs over n, so no scale can wait until after it
+//   transpose  ldmatrix deals the packed bytes such that a lane holds bytes 2g and 2g + 1 of rows 2i and 2i + 1 of W
+//              (g = lane / 4, i = lane % 4): columns 4g..4g+3 of dx for two neighbouring values of n
+//   decode     fp32 values of a byte's pair, each scaled with its row's scale and rounded with its neighbour in n; the
+//              sum runs over n, so no scale can wait until after it
 //   work       a warpgroup multiplies all 128 columns, two operands of 64, by the tokens; warpgroups take turns at
-//   blocks of
-//              64 values of n and add up in shared memory at the end, or with 256 tokens have 128 each
+//              blocks of 64 values of n and add up in shared memory at the end; with 256 tokens they have 128 each
 //
 // Rounding: weights to the dtype, as dequantize_4bit rounds them; fp32 sums; dx.
 #include "cuda/gemm/wide_sm90.cuh"
@@ -25,7 +22,7 @@ struct GradConfig {
   static constexpr int kShares = kTokens == 256 ? 2 : 1;  // of the tokens, one a warpgroup
   static constexpr int kConsumers = kGroups * kShares * kWarpgroup;
   static constexpr int kReaders = kShares * kWarpgroup / 32;
-  static constexpr int kCluster = kTokens >= 64 ? 2 : 1;
+  static constexpr int kCluster = cluster_of(kTokens);
   static constexpr int kInputStages = kTokens == 256 ? 3 : kTokens == 128 ? 4 : kMaxInputStages;
   static constexpr int kCols = kTokens / kShares;  // of a product
   static constexpr int kExchangeBytes = kGroups == 1 ? 0 : kTile * (kTokens / 2) * 4;

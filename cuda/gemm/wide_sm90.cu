@@ -16,7 +16,7 @@ struct ForwardConfig {
   static constexpr int kPairs = kTokens <= 64 ? 2 : 1;  // of warpgroups that multiply
   static constexpr int kConsumers = 2 * kPairs * kWarpgroup;
   static constexpr int kReaders = 2 * kWarpgroup / 32;
-  static constexpr int kCluster = kTokens >= 64 ? 2 : 1;
+  static constexpr int kCluster = cluster_of(kTokens);
   static constexpr int kInputStages = kTokens == 256 ? 3 : kTokens == 128 ? 6 : kMaxInputStages;
   static constexpr int kCols = kTokens < 128 ? kTokens : 128;  // of a product
   static constexpr int kHalves = kTokens / kCols;
@@ -218,7 +218,7 @@ class ForwardConsumer {
     }
   }
 
-  // A step of another number of blocks than kStepInputs is the last of all, so each begins with the first buffer.
+  // A step of another number of blocks than kStepInputs is the last of its item: each begins with the first buffer.
   __device__ __forceinline__ void decode_ahead(int block, int count, bool is_last, Fragments& a) {
     if (block >= count) {
       rings_.release_weight();

@@ -3,16 +3,13 @@
 // Both compute output [m, width] = input [m, depth] times the weight, transposed or not. The tensor cores' 64-row
 // operand is the decoded weight, from registers, and their column operand the input, kTokens columns for m rows:
 //
-//   block     a tile of 128 columns of the output for all m rows, over a part of the depth. Warpgroup 0 copies, the
-//   others
-//             multiply; work items are dealt in turn to as many blocks as there are multiprocessors.
-//   input     through a ring of stages of 64 values of depth; the blocks of a cluster, which have neighbouring tiles,
-//   copy
-//             a share each to all of them
-//   weight    through a ring of stages of 256 values of depth; the warps that copy its scales decode them
-//   parts     where tiles are fewer than multiprocessors the depth is split: fp32 parts in the workspace, added in
-//   their
-//             order by add_parts
+//   block   a tile of 128 columns of the output for all m rows, over a part of the depth. Warpgroup 0 copies, the
+//           others multiply; work items are dealt in turn to as many blocks as there are multiprocessors.
+//   input   through a ring of stages of 64 values of depth; the blocks of a cluster, which have neighbouring tiles,
+//           copy a share each to all of them
+//   weight  through a ring of stages of 256 values of depth; the warps that copy its scales decode them
+//   parts   where tiles are fewer than multiprocessors the depth is split: fp32 parts in the workspace, which
+//           add_parts adds in their order
 #pragma once
 
 #include <algorithm>
@@ -45,6 +42,9 @@ inline constexpr int kMaxTokens = 256;
 inline constexpr int kWeightStages = 3;
 inline constexpr int kMaxInputStages = 8;
 inline constexpr int kScaleThreads = 64;
+
+// Blocks of a cluster, which share the copies of the input: where there is much of it.
+constexpr int cluster_of(int tokens) { return tokens >= 64 ? 2 : 1; }
 
 struct Arguments {
   const uint8_t* packed;
@@ -261,6 +261,12 @@ __device__ __forceinline__ void copy_input(const Arguments& arguments, const CUt
       place.advance();
     }
   });
+  // Until all that was copied has been read, here and in the other blocks: then they send no more arrivals, and may
+  // leave.
+  for (int i = 0; i < Config::kInputStages; ++i) {
+    wait(shared.input_empty[place.stage()], place.free_parity());
+    place.advance();
+  }
 }
 
 // The part of a warpgroup that multiplies which has to do with the rings.
@@ -351,6 +357,7 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
     consumer.run();
   }
   // A block may leave only when none of its cluster copies to it any more.
+  __syncwarp();
   if constexpr (Config::kCluster > 1) synchronize_cluster();
 }
 
@@ -385,8 +392,9 @@ inline int64_t width_of(const Gemm& problem) { return is_forward(problem) ? prob
 inline int64_t depth_of(const Gemm& problem) { return is_forward(problem) ? problem.weight.cols : problem.weight.rows; }
 
 inline int num_parts_of(const Gemm& problem, const Device& device) {
-  return best_num_parts(ceil_div(width_of(problem), kTile), ceil_div(depth_of(problem), kStep),
-                        device.num_multiprocessors);
+  const int cluster = cluster_of(tokens_of(problem.m));
+  return best_num_parts(ceil_div(width_of(problem), kTile * cluster), ceil_div(depth_of(problem), kStep),
+                        device.num_multiprocessors / cluster);
 }
 
 // As supports_x of gemm.h, but for the direction. `any` is an instance of the kernel.

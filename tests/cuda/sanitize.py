@@ -100,8 +100,12 @@ def main() -> None:
         for kernel, dtype, quant_type in itertools.product(
             ("wide_sm90", "wide_grad_sm90"), DTYPES[1:], QUANT_TYPES
         ):
-            for shape in ((1, 64), (264, 1088), (700, 320)):
+            for shape in ((1, 64), (264, 1088), (333, 1024)):
                 drive_fused(kernel, (3, 20, 50, 100, 200), shape, dtype, quant_type)
+            # More work items than multiprocessors.
+            drive_fused(
+                kernel, (20, 100), (34000, 320) if kernel == "wide_sm90" else (320, 34048), dtype, quant_type
+            )
             torch.cuda.synchronize()
     print("every kernel ran")
 

@@ -17,8 +17,18 @@ pytestmark = pytest.mark.gpu
 
 NAMES = ("wide_sm90", "wide_grad_sm90")
 # [n, k]: less than a tile and than a step; a step and a rest of 1, 2 and 3 blocks; tiles in pairs and not; many parts,
-# more items than multiprocessors.
-SHAPES = ((1, 64), (7, 192), (130, 320), (1000, 1024), (264, 2176), (40, 18944), (34000, 256), (256, 34048))
+# also of rows that no vector divides; more items than multiprocessors, of several steps and a rest each.
+SHAPES = (
+    (1, 64),
+    (7, 192),
+    (130, 320),
+    (1000, 1024),
+    (264, 2176),
+    (333, 4096),
+    (40, 18944),
+    (34000, 1088),
+    (1088, 34048),
+)
 
 # The dtype of x, quant_type, whether scales are double-quantised, block_size.
 QUANTS = (
@@ -67,7 +77,7 @@ def test_wide_equals_float64_product_of_the_exact_weight(
 
 
 @pytest.mark.parametrize("m", [20, 200])
-@pytest.mark.parametrize("shape", [(1000, 1024), (5000, 4096), (16000, 256)])
+@pytest.mark.parametrize("shape", [(1000, 1024), (333, 4096), (5000, 4096), (16000, 256)])
 def test_bias_is_added_before_the_result_is_rounded(kernel, m: int, shape: tuple[int, int]) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the wide kernels need compute capability 9.0")

@@ -99,3 +99,39 @@ def test_compiled_forward_with_lora_is_one_graph_and_the_same(device: str) -> No
         gradients(lambda x, a, b: compiled(x, a, b, SCALING), tensors, 1), expected, strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(5, K), (2, 5, K)])
+def test_the_result_may_be_written_to(shape: tuple[int, ...], device: str) -> None:
+    layer = quantized_linear(device, compute_dtype="float32")
+    _, a, b = operands(device)
+    x = randn(*shape, seed=3, device=device).requires_grad_()
+    results = [layer.forward_with_lora(x, a, b, SCALING), layer(x)]
+    for result in results:
+        before = result.detach().clone()
+        result.add_(1)
+        torch.testing.assert_close(result.detach(), before + 1)
+    sum(result.sum() for result in results).backward()  # type: ignore[union-attr]
+    assert x.grad is not None
+
+
+def test_backward_within_another_autocast_computes_in_the_dtype_of_forward(device: str) -> None:
+    layer = quantized_linear(device, compute_dtype="float32")
+    grad = randn(2, 5, N, seed=6, device=device)
+    gradients_of = []
+    for is_within in (False, True):
+        tensors = operands(device)
+        result = layer.forward_with_lora(*tensors, SCALING)
+        with torch.autocast(device, torch.bfloat16, enabled=is_within):
+            result.backward(grad)
+        gradients_of.append([tensor.grad for tensor in tensors])
+    for within, without in zip(*gradients_of, strict=True):
+        torch.testing.assert_close(within, without, rtol=0, atol=0)
+
+
+def test_autocast_to_another_dtype_than_the_compute_dtype_leaves_the_products_alone(device: str) -> None:
+    layer = quantized_linear(device, compute_dtype="float32")
+    x, a, b = operands(device)
+    expected = layer.forward_with_lora(x, a, b, SCALING)
+    with torch.autocast(device, torch.bfloat16):
+        torch.testing.assert_close(layer.forward_with_lora(x, a, b, SCALING), expected, rtol=0, atol=0)

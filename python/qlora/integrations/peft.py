@@ -229,8 +229,10 @@ class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
             return False
         for name in names:
             for part in (self.lora_A[name], self.lora_B[name]):
-                if type(part) is not nn.Linear or _has_hooks(part):
+                if type(part) is not nn.Linear or _has_hooks(part) or "forward" in part.__dict__:
                     return False
+            if _has_hooks(self.lora_dropout[name]):
+                return False
             if name in self.lora_variant:
                 return False
         return True

@@ -11,6 +11,7 @@ saved tensor costs two calls of a Python hook.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ _linear_4bit_grad_input = torch.ops.qlora.linear_4bit_grad_input.default
 
 def linear(x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
     """y = x W^T + bias: [..., k] -> [..., n] of x's dtype, in which bias [n] is."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _forward(x, weight, state, bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         result: Tensor = _Linear.apply(x, weight, state, bias)
@@ -38,9 +39,10 @@ def lora_linear(
     x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
 ) -> Tensor:
     """y = x W^T + bias + scaling (x A^T) B^T: [..., k] -> [..., n]; a [r, k], b [n, r], all of x's dtype."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         rows = x.reshape(-1, x.shape[-1])
-        result = add_low_rank(_forward(rows, weight, state, bias), rows @ a.t(), b, scaling)
+        with _no_autocast_from(x):
+            result = add_low_rank(_forward(rows, weight, state, bias), rows @ a.t(), b, scaling)
         return result.view(*x.shape[:-1], result.shape[-1])
     fused: Tensor = _LoraLinear.apply(x, weight, state, bias, a, b, scaling)
     return fused
@@ -52,6 +54,14 @@ def add_low_rank(result: Tensor, low: Tensor, b: Tensor, scaling: float) -> Tens
     The one place where an update is added, hence where a fused kernel goes.
     """
     return result.addmm_(low, b.t(), alpha=scaling)
+
+
+def _no_autocast_from(x: Tensor) -> AbstractContextManager[Any]:
+    """Operands are of x's dtype; an autocast to another, for instance around backward(), must not cast some of them."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is not x.dtype:
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def _forward(x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
@@ -119,33 +129,34 @@ class _LoraLinear(torch.autograd.Function):
         b: Tensor,
         scaling: float,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        with torch._C._AutoDispatchBelowAutograd():
-            result = _forward(rows, weight, state, bias)
-            low = rows.mm(a.t())
-            add_low_rank(result, low, b, scaling)
+        # The result itself is returned, not a view of it: torch refuses to write to views that a Function makes.
+        with torch._C._AutoDispatchBelowAutograd(), _no_autocast_from(x):
+            result = _forward(x, weight, state, bias)
+            low = x.reshape(-1, x.shape[-1]).mm(a.t())
+            add_low_rank(result.view(-1, result.shape[-1]), low, b, scaling)
         ctx.weight, ctx.state, ctx.scaling = weight, state, scaling
         ctx.save_for_backward(x, a, b, low)
-        return result.view(*x.shape[:-1], result.shape[-1])
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, low = ctx.saved_tensors
         needs_x, _, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
         dx = dbias = da = db = None
-        dy = grad.reshape(-1, grad.shape[-1])
-        rows = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled():
-            # For a graph of this pass `low` has to be a function of x and a, which what was kept is not.
-            low = rows.mm(a.t())
-        # With beta=0 the first operand only gives the shape: a product, scaled before it is rounded.
-        dlow = torch.addmm(low, dy, b, beta=0, alpha=ctx.scaling) if needs_x or needs_a else low
-        if needs_x:
-            dx = _grad_input(dy, ctx.weight, ctx.state).addmm_(dlow, a).view(x.shape)
-        if needs_a:
-            da = dlow.t().mm(rows)
-        if needs_b:
-            db = torch.addmm(b, dy.t(), low, beta=0, alpha=ctx.scaling)
-        if needs_bias:
-            dbias = dy.sum(0)
+        with _no_autocast_from(x):
+            dy = grad.reshape(-1, grad.shape[-1])
+            rows = x.reshape(-1, x.shape[-1])
+            if torch.is_grad_enabled():
+                # For a graph of this pass `low` has to be a function of x and a, which what was kept is not.
+                low = rows.mm(a.t())
+            # With beta=0 the first operand only gives the shape: a product, scaled before it is rounded.
+            dlow = torch.addmm(low, dy, b, beta=0, alpha=ctx.scaling) if needs_x or needs_a else low
+            if needs_x:
+                dx = _grad_input(dy, ctx.weight, ctx.state).addmm_(dlow, a).view(x.shape)
+            if needs_a:
+                da = dlow.t().mm(rows)
+            if needs_b:
+                db = torch.addmm(b, dy.t(), low, beta=0, alpha=ctx.scaling)
+            if needs_bias:
+                dbias = dy.sum(0)
         return dx, None, None, dbias, da, db, None
