@@ -10,6 +10,7 @@ target_sources(qlora PRIVATE
   cuda/gemm/dense.cu
   cuda/gemm/naive.cu
   cuda/gemm/select.cpp
+  cuda/gemm/skinny_sm80.cu
   cuda/gemm/skinny_sm90.cu
   cuda/gemm/split.cu
   cuda/gemm/wide_grad_sm90.cu

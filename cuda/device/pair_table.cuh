@@ -79,6 +79,41 @@ class PairTable {
   uint32_t lane_address_;
 };
 
+// The same in half the shared memory, for GPUs with little of it: entries of 128 bytes at any 128-byte aligned address.
+// A pair costs SHF + LOP3 + LDS.32.
+template <typename T>
+class CompactPairTable {
+ public:
+  static constexpr int kBytes = 256 * 128;
+
+  // As PairTable::fill.
+  template <int kThreads>
+  static __device__ __forceinline__ void fill(unsigned char* table, const typename PairTable<T>::Values& values) {
+    const int lane = threadIdx.x % 32;
+    const float value = values.of_code[lane % kNumCodes];
+#pragma unroll 8
+    for (int entry = threadIdx.x / 32; entry < 256; entry += kThreads / 32) {
+      const float pair[2] = {__shfl_sync(0xFFFFFFFFu, value, entry / kNumCodes),
+                             __shfl_sync(0xFFFFFFFFu, value, entry % kNumCodes)};
+      reinterpret_cast<uint32_t*>(table + entry * 128)[lane] = Word<T>::pack(pair);
+    }
+  }
+
+  __device__ __forceinline__ explicit CompactPairTable(const unsigned char* table)
+      : table_(table), lane_offset_(keep(threadIdx.x % 32 * 4)) {}
+
+  // The pair of byte kByte of `word`.
+  template <int kByte>
+  __device__ __forceinline__ uint32_t pair(uint32_t word) const {
+    const uint32_t shifted = kByte == 0 ? word << 7 : word >> (kByte * 8 - 7);
+    return *reinterpret_cast<const uint32_t*>(table_ + ((shifted & 0x7F80) | lane_offset_));
+  }
+
+ private:
+  const unsigned char* table_;
+  uint32_t lane_offset_;
+};
+
 // The same with exact fp32 values, for weights that are scaled before they are rounded: LDS.64 reads two banks a lane,
 // so a pair costs twice the time. Entries of 256 bytes, all used: the pair 32 times.
 class FloatPairTable {

@@ -65,7 +65,7 @@ int best_num_parts(int64_t num_tiles, int64_t num_steps, int num_multiprocessors
 }
 
 void add_parts(const float* parts, int num_parts, int64_t m, int64_t width, const void* bias, void* output,
-               qlora_dtype dtype, cudaStream_t stream) {
+               qlora_dtype dtype, const Device& device, cudaStream_t stream) {
   dispatch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (!std::is_same_v<T, float>) {
@@ -79,7 +79,7 @@ void add_parts(const float* parts, int num_parts, int64_t m, int64_t width, cons
       config.blockDim = dim3(kThreads);
       config.stream = stream;
       config.attrs = &attribute;
-      config.numAttrs = 1;
+      config.numAttrs = device.major >= 9 ? 1 : 0;
       const auto kernel = is_vector ? add_parts_kernel<T, 4> : add_parts_kernel<T, 1>;
       check_cuda(cudaLaunchKernelEx(&config, kernel, parts, num_parts, count, width, static_cast<const T*>(bias),
                                     static_cast<T*>(output)),

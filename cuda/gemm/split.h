@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/gemm.h"
+#include "cuda/device_guard.h"
 
 namespace qlora {
 
@@ -15,6 +16,6 @@ int best_num_parts(int64_t num_tiles, int64_t num_steps, int num_multiprocessors
 
 // output [m, width] = sum of parts [num_parts, m, width] + bias [width], in the parts' order, rounded once.
 void add_parts(const float* parts, int num_parts, int64_t m, int64_t width, const void* bias, void* output,
-               qlora_dtype dtype, cudaStream_t stream);
+               qlora_dtype dtype, const Device& device, cudaStream_t stream);
 
 }  // namespace qlora

@@ -283,9 +283,9 @@ class Rings {
   __device__ __forceinline__ void wait_for_weight() {
     wait(shared_.weight_full[weight_place_.stage()], weight_place_.parity());
   }
+  // Each thread for what it has read.
   __device__ __forceinline__ void release_weight() {
-    __syncwarp();
-    if (lane() == 0) arrive(shared_.weight_empty[weight_place_.stage()]);
+    arrive(shared_.weight_empty[weight_place_.stage()]);
     weight_place_.advance();
   }
 
@@ -325,7 +325,7 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
   if (threadIdx.x == 0) {
     for (int i = 0; i < kWeightStages; ++i) {
       init_barrier(shared.weight_full[i], kScaleThreads + 1);
-      init_barrier(shared.weight_empty[i], Config::kConsumers / 32);
+      init_barrier(shared.weight_empty[i], Config::kConsumers);
     }
     for (int i = 0; i < Config::kInputStages; ++i) {
       init_barrier(shared.input_full[i], 1);
@@ -472,7 +472,7 @@ void launch(const Gemm& problem, const Device& device, Kernel kernel, const Argu
   check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, weight_map, input_map, values), "wide_kernel");
   if (arguments.num_parts > 1) {
     add_parts(arguments.parts, arguments.num_parts, problem.m, arguments.width, problem.bias, problem.output,
-              problem.dtype, stream);
+              problem.dtype, device, stream);
   }
 }
 

@@ -3,13 +3,16 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/cuda/sanitize.py
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python tests/cuda/sanitize.py
 
-Without torch's caching allocator each tensor is an allocation of its own, whose ends the sanitizer watches.
+Names of parts (see `parts`) run those alone, side by side for instance. Without torch's caching allocator each tensor is an allocation of its own, whose ends the sanitizer watches.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -81,33 +84,57 @@ def drive_fused(
             ops.linear_4bit(shifted(x), shifted(packed), scales, shape, **form, **extra)
 
 
-def main() -> None:
-    torch.manual_seed(0)
+def drive_formats() -> None:
     for shape, dtype, quant_type in itertools.product(SHAPES, DTYPES, QUANT_TYPES):
         for block_size in (32, 64, 256, 512, 4096):
             drive_format(shape, dtype, quant_type, block_size)
         torch.cuda.synchronize()
+
+
+def drive_linears() -> None:
     for dtype, quant_type in itertools.product(DTYPES, QUANT_TYPES):
         for shape, kernel in itertools.product(((37, 77), (300, 264), (520, 512)), ("naive", "dense")):
             drive_linear(shape, dtype, quant_type, kernel)
         torch.cuda.synchronize()
-    if torch.cuda.get_device_capability() >= (9, 0):
-        for dtype, quant_type in itertools.product(DTYPES[1:], QUANT_TYPES):
-            for shape in ((1, 256), (264, 4096), (40, 5120), (17, 16384)):
-                drive_fused("skinny_sm90", (1, 8, 13), shape, dtype, quant_type)
-            torch.cuda.synchronize()
-    if torch.cuda.get_device_capability() == (9, 0):
-        for kernel, dtype, quant_type in itertools.product(
-            ("wide_sm90", "wide_grad_sm90"), DTYPES[1:], QUANT_TYPES
-        ):
-            for shape in ((1, 64), (264, 1088), (333, 1024)):
-                drive_fused(kernel, (3, 20, 50, 100, 200), shape, dtype, quant_type)
-            # More work items than multiprocessors.
-            drive_fused(
-                kernel, (20, 100), (34000, 320) if kernel == "wide_sm90" else (320, 34048), dtype, quant_type
-            )
-            torch.cuda.synchronize()
-    print("every kernel ran")
+
+
+def drive_fused_kernel(kernel: str) -> None:
+    """With the shapes and numbers of tokens that FUSED names for it."""
+    for (tokens, shapes), dtype, quant_type in itertools.product(FUSED[kernel], DTYPES[1:], QUANT_TYPES):
+        for shape in shapes:
+            drive_fused(kernel, tokens, shape, dtype, quant_type)
+        torch.cuda.synchronize()
+
+
+WIDE = ((3, 20, 50, 100, 200), ((1, 64), (264, 1088), (333, 1024)))
+# The last of a wide kernel's: more work items than multiprocessors.
+FUSED: dict[str, tuple[tuple[tuple[int, ...], tuple[tuple[int, int], ...]], ...]] = {
+    "skinny_sm80": (((3, 12, 30), ((1, 64), (264, 1088), (333, 4096), (5000, 320))),),
+    "skinny_sm90": (((1, 8, 13), ((1, 256), (264, 4096), (40, 5120), (17, 16384))),),
+    "wide_sm90": (WIDE, ((20, 100), ((34000, 320),))),
+    "wide_grad_sm90": (WIDE, ((20, 100), ((320, 34048),))),
+}
+
+
+def parts() -> dict[str, Callable[[], None]]:
+    """What this GPU can run, by name."""
+    capability = torch.cuda.get_device_capability()
+    kernels = ["skinny_sm80"]
+    kernels += ["skinny_sm90"] if capability >= (9, 0) else []
+    kernels += ["wide_sm90", "wide_grad_sm90"] if capability == (9, 0) else []
+    return {
+        "formats": drive_formats,
+        "linears": drive_linears,
+        **{kernel: partial(drive_fused_kernel, kernel) for kernel in kernels},
+    }
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    known = parts()
+    for name in sys.argv[1:] or known:
+        known[name]()
+        print(f"{name} ran")
 
 
 if __name__ == "__main__":
