@@ -3,7 +3,8 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/cuda/sanitize.py
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python tests/cuda/sanitize.py
 
-Names of parts (see `parts`) run those alone, side by side for instance. Without torch's caching allocator each tensor is an allocation of its own, whose ends the sanitizer watches.
+Without torch's caching allocator each tensor is an allocation of its own, whose ends the sanitizer watches. With names
+of parts (see `parts`) as arguments those run alone: several processes side by side take half the time.
 """
 
 from __future__ import annotations
