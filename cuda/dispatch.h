@@ -74,4 +74,22 @@ void dispatch_block_size(int64_t block_size, Function&& f) {
   fail(QLORA_INTERNAL_ERROR, "dispatch_block_size: expected a checked block size, got ", block_size);
 }
 
+// Rows of x that a fused kernel pads to.
+template <typename Function>
+void dispatch_tokens(int tokens, Function&& f) {
+  switch (tokens) {
+    case 16:
+      return f(std::integral_constant<int, 16>{});
+    case 32:
+      return f(std::integral_constant<int, 32>{});
+    case 64:
+      return f(std::integral_constant<int, 64>{});
+    case 128:
+      return f(std::integral_constant<int, 128>{});
+    case 256:
+      return f(std::integral_constant<int, 256>{});
+  }
+  fail(QLORA_INTERNAL_ERROR, "dispatch_tokens: expected 16 to 256, got ", tokens);
+}
+
 }  // namespace qlora

@@ -24,6 +24,34 @@ namespace qlora {
 // Bytes of an address in a table: the lane's but for the second, which is byte `byte` of a packed word.
 __device__ __forceinline__ constexpr uint32_t table_selector(int byte) { return 0x7604 | byte << 4; }
 
+// The value of each code times a factor; kernels take it as a parameter, so that filling a table waits for no load.
+struct CodeValues {
+  float of_code[kNumCodes];
+
+  static CodeValues of(Format format, float factor) {
+    CodeValues values;
+    for (int code = 0; code < kNumCodes; ++code) {
+      values.of_code[code] = (format == Format::kNF4 ? kNF4Codes[code] : kFP4Codes[code]) * factor;
+    }
+    return values;
+  }
+};
+
+// Fills a table of 256 entries of kEntryBytes, by kThreads threads, of whole warps: pack(even, odd) at each lane's
+// place in an entry. A barrier among those that read the table must follow.
+template <int kThreads, int kEntryBytes, int kUnroll, typename Pack>
+__device__ __forceinline__ void fill_table(unsigned char* table, const CodeValues& values, int thread, Pack&& pack) {
+  const int lane = thread % 32;
+  const float value = values.of_code[lane % kNumCodes];
+#pragma unroll kUnroll
+  for (int entry = thread / 32; entry < 256; entry += kThreads / 32) {
+    const float even = __shfl_sync(0xFFFFFFFFu, value, entry / kNumCodes);
+    const float odd = __shfl_sync(0xFFFFFFFFu, value, entry % kNumCodes);
+    const auto packed = pack(even, odd);
+    reinterpret_cast<std::remove_const_t<decltype(packed)>*>(table + entry * kEntryBytes)[lane] = packed;
+  }
+}
+
 template <typename T>
 class PairTable {
  public:
@@ -34,31 +62,16 @@ class PairTable {
     if (format == Format::kFP4) return 12.0f;
     return std::is_same_v<T, __nv_bfloat16> ? 1.436725f : 1.0f;
   }
+  static CodeValues values(Format format) { return CodeValues::of(format, scale(format)); }
 
-  // The value of each code times the factor, as fill takes it.
-  struct Values {
-    float of_code[kNumCodes];
-  };
-  static Values values(Format format) {
-    Values values;
-    for (int code = 0; code < kNumCodes; ++code) {
-      values.of_code[code] = (format == Format::kNF4 ? kNF4Codes[code] : kFP4Codes[code]) * scale(format);
-    }
-    return values;
+  static __device__ __forceinline__ uint32_t pack(float even, float odd) {
+    const float pair[2] = {even, odd};
+    return Word<T>::pack(pair);
   }
-
-  // By kThreads threads, of whole warps, before a barrier among those that read the table. `values` in constant memory,
-  // so that nothing is waited for.
   template <int kThreads>
-  static __device__ __forceinline__ void fill(unsigned char* table, const Values& values, int thread = threadIdx.x) {
-    const int lane = thread % 32;
-    const float value = values.of_code[lane % kNumCodes];
-#pragma unroll 16
-    for (int entry = thread / 32; entry < 256; entry += kThreads / 32) {
-      const float pair[2] = {__shfl_sync(0xFFFFFFFFu, value, entry / kNumCodes),
-                             __shfl_sync(0xFFFFFFFFu, value, entry % kNumCodes)};
-      reinterpret_cast<uint32_t*>(table + entry * 256)[lane] = Word<T>::pack(pair);
-    }
+  static __device__ __forceinline__ void fill(unsigned char* table, const CodeValues& values,
+                                              int thread = threadIdx.x) {
+    fill_table<kThreads, 256, 16>(table, values, thread, pack);
   }
 
   __device__ __forceinline__ explicit PairTable(const unsigned char* table)
@@ -86,17 +99,9 @@ class CompactPairTable {
  public:
   static constexpr int kBytes = 256 * 128;
 
-  // As PairTable::fill.
   template <int kThreads>
-  static __device__ __forceinline__ void fill(unsigned char* table, const typename PairTable<T>::Values& values) {
-    const int lane = threadIdx.x % 32;
-    const float value = values.of_code[lane % kNumCodes];
-#pragma unroll 8
-    for (int entry = threadIdx.x / 32; entry < 256; entry += kThreads / 32) {
-      const float pair[2] = {__shfl_sync(0xFFFFFFFFu, value, entry / kNumCodes),
-                             __shfl_sync(0xFFFFFFFFu, value, entry % kNumCodes)};
-      reinterpret_cast<uint32_t*>(table + entry * 128)[lane] = Word<T>::pack(pair);
-    }
+  static __device__ __forceinline__ void fill(unsigned char* table, const CodeValues& values) {
+    fill_table<kThreads, 128, 8>(table, values, threadIdx.x, PairTable<T>::pack);
   }
 
   __device__ __forceinline__ explicit CompactPairTable(const unsigned char* table)
@@ -120,29 +125,12 @@ class FloatPairTable {
  public:
   static constexpr int kBytes = 256 * 256;
 
-  // The value of each code, as fill takes it.
-  struct Values {
-    float of_code[kNumCodes];
-  };
-  static Values values(Format format) {
-    Values values;
-    for (int code = 0; code < kNumCodes; ++code) {
-      values.of_code[code] = format == Format::kNF4 ? kNF4Codes[code] : kFP4Codes[code];
-    }
-    return values;
-  }
+  static CodeValues values(Format format) { return CodeValues::of(format, 1.0f); }
 
-  // As PairTable::fill.
   template <int kThreads>
-  static __device__ __forceinline__ void fill(unsigned char* table, const Values& values, int thread = threadIdx.x) {
-    const int lane = thread % 32;
-    const float value = values.of_code[lane % kNumCodes];
-#pragma unroll 4
-    for (int entry = thread / 32; entry < 256; entry += kThreads / 32) {
-      const float even = __shfl_sync(0xFFFFFFFFu, value, entry / kNumCodes);
-      const float odd = __shfl_sync(0xFFFFFFFFu, value, entry % kNumCodes);
-      reinterpret_cast<float2*>(table + entry * 256)[lane] = make_float2(even, odd);
-    }
+  static __device__ __forceinline__ void fill(unsigned char* table, const CodeValues& values,
+                                              int thread = threadIdx.x) {
+    fill_table<kThreads, 256, 4>(table, values, thread, [](float even, float odd) { return make_float2(even, odd); });
   }
 
   __device__ __forceinline__ explicit FloatPairTable(const unsigned char* table)

@@ -19,6 +19,7 @@
 #include "cuda/device/mma.cuh"
 #include "cuda/device/numeric.cuh"
 #include "cuda/device/pair_table.cuh"
+#include "cuda/device/unaligned.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/gemm/gemm.h"
 #include "cuda/gemm/split.h"
@@ -66,12 +67,6 @@ struct Arguments {
   bool is_x_aligned;       // to 16 bytes
 };
 
-__device__ __forceinline__ uint4 load_bytes(const uint8_t* address) {
-  uint32_t words[4] = {};
-  for (int i = 0; i < 16; ++i) words[i / 4] |= static_cast<uint32_t>(address[i]) << i % 4 * 8;
-  return {words[0], words[1], words[2], words[3]};
-}
-
 // The lane's columns of x in a chunk: of block b, 16, for token lane / 4 + 8 q; 0 behind the last token and column.
 template <int kTokens>
 struct Fragments {
@@ -94,7 +89,7 @@ struct Fragments {
           uint4 v = make_uint4(0, 0, 0, 0);
           if (is_there) {
             v = arguments.is_x_aligned ? __ldg(reinterpret_cast<const uint4*>(source) + half)
-                                       : load_bytes(source + half * 16);
+                                       : load_16_unaligned_bytes(source + half * 16);
           }
           uint32_t* const target = words[b][q] + half * 4;
           target[0] = v.x;
@@ -153,7 +148,7 @@ __device__ __forceinline__ void copy_weight(const Arguments& arguments, int tile
     if (arguments.is_weight_aligned) {
       copy_16_bytes_async(target, source);
     } else {
-      *reinterpret_cast<uint4*>(target) = load_bytes(source);
+      *reinterpret_cast<uint4*>(target) = load_16_unaligned_bytes(source);
     }
   }
 }
@@ -263,8 +258,7 @@ __device__ __forceinline__ void store(const Arguments& arguments, int tile, int 
 
 template <typename T, int kTokens, bool kIsNested>
 __global__ __launch_bounds__(kThreads, 1) void skinny_sm80_kernel(const __grid_constant__ Arguments arguments,
-                                                                  const __grid_constant__
-                                                                  typename PairTable<T>::Values values) {
+                                                                  const __grid_constant__ CodeValues values) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   Shared<T>& shared = *reinterpret_cast<Shared<T>*>(shared_bytes);
   const int warp = threadIdx.x / 32;

@@ -28,6 +28,7 @@
 #include "cuda/device/mma.cuh"
 #include "cuda/device/numeric.cuh"
 #include "cuda/device/pair_table.cuh"
+#include "cuda/device/unaligned.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/gemm/gemm.h"
 #include "cuda/launch.h"
@@ -94,12 +95,6 @@ struct Arguments {
 // row, so that the 8-byte reads of 4 rows, one block each, fall into different banks.
 [[maybe_unused]] __device__ __forceinline__ int piece_offset(int row, int piece) {
   return (piece / 2 ^ row % 4) * 32 + piece % 2 * 16;
-}
-
-[[maybe_unused]] __device__ __forceinline__ uint4 load_bytes(const uint8_t* address) {
-  uint32_t words[4] = {};
-  for (int i = 0; i < 16; ++i) words[i / 4] |= static_cast<uint32_t>(address[i]) << i % 4 * 8;
-  return {words[0], words[1], words[2], words[3]};
 }
 
 // The pieces of W that a warp works on, one a step, copied in their order: kChunks of a tile, then those of the next.
@@ -170,8 +165,8 @@ class Fetcher {
     for (int i = 0; i < kTileRows / 4; ++i) {
       const int row = i * 4 + lane() / 8;
       const int64_t source_row = min(tile * kTileRows + row, arguments.n - 1);
-      *reinterpret_cast<uint4*>(weight + row * kChunkBytes + piece_offset(row, lane() % 8)) =
-          load_bytes(arguments.packed + source_row * (arguments.k / 2) + chunk * kChunkBytes + lane() % 8 * 16);
+      *reinterpret_cast<uint4*>(weight + row * kChunkBytes + piece_offset(row, lane() % 8)) = load_16_unaligned_bytes(
+          arguments.packed + source_row * (arguments.k / 2) + chunk * kChunkBytes + lane() % 8 * 16);
     }
     if (lane() >= kTileRows) return;
     const int64_t source_row = min(tile * kTileRows + lane(), arguments.n - 1);
@@ -220,7 +215,7 @@ __device__ __forceinline__ void load_x(const Arguments& arguments, int block, Fr
         uint4 v = make_uint4(0, 0, 0, 0);
         if (token < arguments.m) {
           v = arguments.is_x_aligned ? *reinterpret_cast<const uint4*>(source + half * 16)
-                                     : load_bytes(source + half * 16);
+                                     : load_16_unaligned_bytes(source + half * 16);
         }
         uint32_t* const words = x.words[b][q] + half * 4;
         words[0] = v.x;
@@ -291,8 +286,7 @@ __device__ __forceinline__ void store_output(const Arguments& arguments, int tok
 
 template <typename T, int kTokens, int kChunks, bool kIsNested>
 __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_constant__ Arguments arguments,
-                                                             const __grid_constant__
-                                                             typename PairTable<T>::Values values) {
+                                                             const __grid_constant__ CodeValues values) {
 #if __CUDA_ARCH__ >= 900
   namespace cg = cooperative_groups;
   extern __shared__ __align__(128) unsigned char shared_bytes[];

@@ -273,10 +273,24 @@ class GradConsumer {
   float sums_[2][kCols / 2];
 };
 
+#endif
+
+}  // namespace
+
+namespace wide {
+
 template <typename T>
 struct Grad {
+  template <int kTokens>
+  using Config = GradConfig<kTokens>;
   using Table = FloatPairTable;
-  using Values = typename Table::Values;
+
+  static float scale_factor(Format) { return 1.0f; }
+  static CUtensorMap describe_weight(const qlora_weight_4bit& weight) {
+    return describe_matrix(weight.packed, 1, kTileBytes, weight.rows, weight.cols / 2, kStep);
+  }
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   template <bool kIsNested>
   using Scales = StepScales<kIsNested>;
   template <typename Config>
@@ -297,29 +311,14 @@ struct Grad {
           load_bytes(arguments.packed + source, 16);
     }
   }
+#endif
 };
 
-#endif
-
-template <typename T, typename Config, bool kIsNested>
-__global__ __launch_bounds__(kThreads<Config>,
-                             1) void wide_grad_kernel(const __grid_constant__ Arguments arguments,
-                                                      const __grid_constant__ CUtensorMap weight_map,
-                                                      const __grid_constant__ CUtensorMap input_map,
-                                                      const __grid_constant__ FloatPairTable::Values values) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  run<T, Config, Grad<T>, kIsNested>(arguments, weight_map, input_map, values);
-#else
-  __trap();  // supports_wide_grad_sm90 lets no device here that this was not compiled for.
-#endif
-}
-
-}  // namespace
+}  // namespace wide
 
 bool supports_wide_grad_sm90(const Gemm& problem, const Device& device, std::string* why_not) {
   if (problem.direction != Direction::kGradInput) return refuse(why_not, "expected the input gradient");
-  const auto* const any = reinterpret_cast<const void*>(wide_grad_kernel<__nv_bfloat16, GradConfig<16>, true>);
-  return supports(problem, device, any, why_not);
+  return supports<Grad>(problem, device, why_not);
 }
 
 int64_t wide_grad_sm90_workspace_size(const Gemm& problem, const Device& device) {
@@ -327,25 +326,7 @@ int64_t wide_grad_sm90_workspace_size(const Gemm& problem, const Device& device)
 }
 
 void wide_grad_sm90(const Gemm& problem, const Device& device, cudaStream_t stream) {
-  const qlora_weight_4bit& weight = problem.weight;
-  const Format format = weight.format == QLORA_NF4 ? Format::kNF4 : Format::kFP4;
-  const Arguments arguments = arguments_of(problem, device);
-  CUtensorMap weight_map = {};
-  if (arguments.is_weight_aligned) {
-    weight_map = describe_matrix(weight.packed, 1, kTileBytes, weight.rows, weight.cols / 2, kStep);
-  }
-  dispatch_dtype(problem.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    if constexpr (!std::is_same_v<T, float>) {
-      dispatch_bool(weight.absmax_codes != nullptr, [&](auto nested) {
-        dispatch_tokens(tokens_of(problem.m), [&](auto tokens) {
-          using Kind = GradConfig<tokens()>;
-          launch<Kind>(problem, device, wide_grad_kernel<T, Kind, nested()>, arguments, weight_map,
-                       FloatPairTable::values(format), stream);
-        });
-      });
-    }
-  });
+  run_wide<Grad>(problem, device, stream);
 }
 
 }  // namespace qlora

@@ -285,10 +285,24 @@ class ForwardConsumer {
   float products_[kCols / 2];  // not yet scaled
 };
 
+#endif
+
+}  // namespace
+
+namespace wide {
+
 template <typename T>
 struct Forward {
+  template <int kTokens>
+  using Config = ForwardConfig<kTokens>;
   using Table = PairTable<T>;
-  using Values = typename Table::Values;
+
+  static float scale_factor(Format format) { return 1.0f / PairTable<T>::scale(format); }
+  static CUtensorMap describe_weight(const qlora_weight_4bit& weight) {
+    return describe_matrix(weight.packed, 1, kStep / 2, weight.rows, weight.cols / 2, kTile);
+  }
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   template <bool kIsNested>
   using Scales = StepScales<kIsNested>;
   template <typename Config>
@@ -310,54 +324,20 @@ struct Forward {
           load_bytes(arguments.packed + source, 16);
     }
   }
+#endif
 };
 
-#endif
-
-template <typename T, typename Config, bool kIsNested>
-__global__ __launch_bounds__(kThreads<Config>, 1) void wide_kernel(const __grid_constant__ Arguments arguments,
-                                                                   const __grid_constant__ CUtensorMap weight_map,
-                                                                   const __grid_constant__ CUtensorMap input_map,
-                                                                   const __grid_constant__
-                                                                   typename PairTable<T>::Values values) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  run<T, Config, Forward<T>, kIsNested>(arguments, weight_map, input_map, values);
-#else
-  __trap();  // supports_wide_sm90 lets no device here that this was not compiled for.
-#endif
-}
-
-}  // namespace
+}  // namespace wide
 
 bool supports_wide_sm90(const Gemm& problem, const Device& device, std::string* why_not) {
   if (problem.direction != Direction::kForward) return refuse(why_not, "expected the forward product");
-  const auto* const any = reinterpret_cast<const void*>(wide_kernel<__nv_bfloat16, ForwardConfig<16>, true>);
-  return supports(problem, device, any, why_not);
+  return supports<Forward>(problem, device, why_not);
 }
 
 int64_t wide_sm90_workspace_size(const Gemm& problem, const Device& device) { return workspace_size(problem, device); }
 
 void wide_sm90(const Gemm& problem, const Device& device, cudaStream_t stream) {
-  const qlora_weight_4bit& weight = problem.weight;
-  const Format format = weight.format == QLORA_NF4 ? Format::kNF4 : Format::kFP4;
-  Arguments arguments = arguments_of(problem, device);
-  CUtensorMap weight_map = {};
-  if (arguments.is_weight_aligned) {
-    weight_map = describe_matrix(weight.packed, 1, kStep / 2, weight.rows, weight.cols / 2, kTile);
-  }
-  dispatch_dtype(problem.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    if constexpr (!std::is_same_v<T, float>) {
-      arguments.scale_factor = 1.0f / PairTable<T>::scale(format);
-      dispatch_bool(weight.absmax_codes != nullptr, [&](auto nested) {
-        dispatch_tokens(tokens_of(problem.m), [&](auto tokens) {
-          using Kind = ForwardConfig<tokens()>;
-          launch<Kind>(problem, device, wide_kernel<T, Kind, nested()>, arguments, weight_map,
-                       PairTable<T>::values(format), stream);
-        });
-      });
-    }
-  });
+  run_wide<Forward>(problem, device, stream);
 }
 
 }  // namespace qlora

@@ -314,10 +314,10 @@ class Rings {
   RingPlace<Config::kInputStages> input_place_;
 };
 
-// The kernels' body. Kind has Table, Scales and the functions above, and Consumer<T, Config>.
-template <typename T, typename Config, typename Kind, bool kIsNested>
+// The kernel's body.
+template <typename Kind, typename Config, bool kIsNested>
 __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMap& weight_map,
-                                    const CUtensorMap& input_map, const typename Kind::Values& values) {
+                                    const CUtensorMap& input_map, const CodeValues& values) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   unsigned char* const table = shared_bytes + (kTableAlignment - shared_address(shared_bytes) % kTableAlignment);
@@ -363,28 +363,28 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
 
 #endif
 
+// Kind<T> says what the forward product and the input gradient have for themselves:
+//   Config<kTokens>, Table                what is above
+//   scale_factor(format)                  by which the kernel multiplies scales
+//   describe_weight(weight)               the boxes in which the weight is copied
+//   Scales, Consumer, box_col, box_row, copy_plainly    on the device, see copy_scales and run
+template <typename Kind, typename Config, bool kIsNested>
+__global__ __launch_bounds__(kThreads<Config>, 1) void wide_kernel(const __grid_constant__ Arguments arguments,
+                                                                   const __grid_constant__ CUtensorMap weight_map,
+                                                                   const __grid_constant__ CUtensorMap input_map,
+                                                                   const __grid_constant__ CodeValues values) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  run<Kind, Config, kIsNested>(arguments, weight_map, input_map, values);
+#else
+  __trap();  // supports lets no device here that this was not compiled for.
+#endif
+}
+
 inline int tokens_of(int64_t m) {
   for (int tokens : {16, 32, 64, 128}) {
     if (m <= tokens) return tokens;
   }
   return kMaxTokens;
-}
-
-template <typename Function>
-void dispatch_tokens(int tokens, Function&& f) {
-  switch (tokens) {
-    case 16:
-      return f(std::integral_constant<int, 16>{});
-    case 32:
-      return f(std::integral_constant<int, 32>{});
-    case 64:
-      return f(std::integral_constant<int, 64>{});
-    case 128:
-      return f(std::integral_constant<int, 128>{});
-    case 256:
-      return f(std::integral_constant<int, 256>{});
-  }
-  fail(QLORA_INTERNAL_ERROR, "dispatch_tokens: expected 16 to 256, got ", tokens);
 }
 
 inline bool is_forward(const Gemm& problem) { return problem.direction == Direction::kForward; }
@@ -397,8 +397,9 @@ inline int num_parts_of(const Gemm& problem, const Device& device) {
                         device.num_multiprocessors / cluster);
 }
 
-// As supports_x of gemm.h, but for the direction. `any` is an instance of the kernel.
-inline bool supports(const Gemm& problem, const Device& device, const void* any, std::string* why_not) {
+// As supports_x of gemm.h, but for the direction.
+template <template <typename> typename Kind>
+bool supports(const Gemm& problem, const Device& device, std::string* why_not) {
   constexpr int64_t kMaxSize = int64_t{1} << 30;
   const qlora_weight_4bit& weight = problem.weight;
   if (device.major != 9)
@@ -410,6 +411,8 @@ inline bool supports(const Gemm& problem, const Device& device, const void* any,
     return refuse(why_not, "k: expected a multiple of ", kBlockCols);
   if (weight.rows < 1 || weight.rows > kMaxSize || weight.cols > kMaxSize)
     return refuse(why_not, "n, k: expected 1 to 2^30");
+  using Any = Kind<__half>;
+  const auto* const any = reinterpret_cast<const void*>(wide_kernel<Any, typename Any::template Config<16>, true>);
   if (!is_compiled_for_sm90(device, any))
     return refuse(why_not, "expected a libqlora built for this GPU's architecture (QLORA_CUDA_ARCHS)");
   return true;
@@ -444,10 +447,11 @@ inline Arguments arguments_of(const Gemm& problem, const Device& device) {
   return arguments;
 }
 
-// Launches kernel(arguments, weight_map, input_map, values), and add_parts behind it where there are parts.
-template <typename Config, typename Kernel, typename Values>
-void launch(const Gemm& problem, const Device& device, Kernel kernel, const Arguments& arguments,
-            const CUtensorMap& weight_map, const Values& values, cudaStream_t stream) {
+// Launches the kernel, and add_parts behind it where there are parts.
+template <typename Kind, typename Config, bool kIsNested>
+void launch(const Gemm& problem, const Device& device, const Arguments& arguments, const CUtensorMap& weight_map,
+            const CodeValues& values, cudaStream_t stream) {
+  const auto kernel = wide_kernel<Kind, Config, kIsNested>;
   CUtensorMap input_map = {};
   if (arguments.is_input_aligned) {
     input_map = describe_matrix(problem.input, 2, 128, problem.m, arguments.depth, Config::kTokens / Config::kCluster);
@@ -474,6 +478,29 @@ void launch(const Gemm& problem, const Device& device, Kernel kernel, const Argu
     add_parts(arguments.parts, arguments.num_parts, problem.m, arguments.width, problem.bias, problem.output,
               problem.dtype, device, stream);
   }
+}
+
+// As x of gemm.h.
+template <template <typename> typename Kind>
+void run_wide(const Gemm& problem, const Device& device, cudaStream_t stream) {
+  const qlora_weight_4bit& weight = problem.weight;
+  const Format format = weight.format == QLORA_NF4 ? Format::kNF4 : Format::kFP4;
+  Arguments arguments = arguments_of(problem, device);
+  dispatch_dtype(problem.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (!std::is_same_v<T, float>) {
+      CUtensorMap weight_map = {};
+      if (arguments.is_weight_aligned) weight_map = Kind<T>::describe_weight(weight);
+      arguments.scale_factor = Kind<T>::scale_factor(format);
+      dispatch_bool(weight.absmax_codes != nullptr, [&](auto nested) {
+        dispatch_tokens(tokens_of(problem.m), [&](auto tokens) {
+          using Config = typename Kind<T>::template Config<tokens()>;
+          launch<Kind<T>, Config, nested()>(problem, device, arguments, weight_map, Kind<T>::Table::values(format),
+                                            stream);
+        });
+      });
+    }
+  });
 }
 
 }  // namespace qlora::wide

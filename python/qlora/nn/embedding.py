@@ -57,15 +57,11 @@ class Embedding4bit(Module4bit, torch.nn.Embedding):  # type: ignore[misc]  # we
         state = self.quant_state
         if state is None:
             state = self.quantized_state()
-        nested = state.state2
         with torch._C.DisableTorchFunctionSubclass():
             rows: Tensor = _embedding_4bit(
                 input.long(),
                 self.weight,
-                state.absmax,
-                None if nested is None else nested.absmax,
-                None if nested is None else nested.code,
-                state.offset,
+                *state.scale_operands(),
                 state.shape,
                 state.blocksize,
                 state.quant_type,

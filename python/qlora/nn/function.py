@@ -65,33 +65,19 @@ def _no_autocast_from(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _forward(x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
-    nested = state.state2
     with torch._C.DisableTorchFunctionSubclass():
         result: Tensor = _linear_4bit(
-            x,
-            weight,
-            state.absmax,
-            None if nested is None else nested.absmax,
-            None if nested is None else nested.code,
-            state.offset,
-            bias,
-            state.shape,
-            state.blocksize,
-            state.quant_type,
+            x, weight, *state.scale_operands(), bias, state.shape, state.blocksize, state.quant_type
         )
     return result
 
 
 def _grad_input(grad: Tensor, weight: Tensor, state: QuantState) -> Tensor:
     """dx = dy W; with a graph of its own where one is recorded (create_graph)."""
-    nested = state.state2
     arguments = (
         grad,
         weight,
-        state.absmax,
-        None if nested is None else nested.absmax,
-        None if nested is None else nested.code,
-        state.offset,
+        *state.scale_operands(),
         state.shape,
         state.blocksize,
         state.quant_type,

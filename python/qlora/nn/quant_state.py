@@ -138,6 +138,13 @@ class QuantState:
             new.state2 = new.state2.copy_to(None)
         return new.to(device, non_blocking)
 
+    def scale_operands(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """absmax, nested_absmax, nested_quant_map and nested_offset, as the operators take them."""
+        nested = self.state2
+        if nested is None:
+            return self.absmax, None, None, None
+        return self.absmax, nested.absmax, nested.code, self.offset
+
     def num_bytes(self) -> int:
         """Bytes of the scales (the code books, shared by all layers of a device, are left out)."""
         size = self.absmax.numel() * self.absmax.element_size()
