@@ -11,6 +11,7 @@ from .. import ops  # noqa: F401  registers the operators
 from ..format import DEFAULT_BLOCK_SIZE
 from .module import Module4bit
 from .params import Params4bit
+from .quant_state import scale_operands
 
 _embedding_4bit = torch.ops.qlora.embedding_4bit.default
 
@@ -61,7 +62,7 @@ class Embedding4bit(Module4bit, torch.nn.Embedding):  # type: ignore[misc]  # we
             rows: Tensor = _embedding_4bit(
                 input.long(),
                 self.weight,
-                *state.scale_operands(),
+                *scale_operands(state),
                 state.shape,
                 state.blocksize,
                 state.quant_type,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import ops  # noqa: F401  registers the operators
-from .quant_state import QuantState
+from .quant_state import QuantState, scale_operands
 
 _linear_4bit = torch.ops.qlora.linear_4bit.default
 _linear_4bit_grad_input = torch.ops.qlora.linear_4bit_grad_input.default
@@ -67,7 +67,7 @@ def _no_autocast_from(x: Tensor) -> AbstractContextManager[Any]:
 def _forward(x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
         result: Tensor = _linear_4bit(
-            x, weight, *state.scale_operands(), bias, state.shape, state.blocksize, state.quant_type
+            x, weight, *scale_operands(state), bias, state.shape, state.blocksize, state.quant_type
         )
     return result
 
@@ -77,7 +77,7 @@ def _grad_input(grad: Tensor, weight: Tensor, state: QuantState) -> Tensor:
     arguments = (
         grad,
         weight,
-        *state.scale_operands(),
+        *scale_operands(state),
         state.shape,
         state.blocksize,
         state.quant_type,

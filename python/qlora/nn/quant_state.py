@@ -138,13 +138,6 @@ class QuantState:
             new.state2 = new.state2.copy_to(None)
         return new.to(device, non_blocking)
 
-    def scale_operands(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """absmax, nested_absmax, nested_quant_map and nested_offset, as the operators take them."""
-        nested = self.state2
-        if nested is None:
-            return self.absmax, None, None, None
-        return self.absmax, nested.absmax, nested.code, self.offset
-
     def num_bytes(self) -> int:
         """Bytes of the scales (the code books, shared by all layers of a device, are left out)."""
         size = self.absmax.numel() * self.absmax.element_size()
@@ -265,6 +258,17 @@ class QuantState:
             map_size = 0 if self.state2.code is None else self.state2.code.numel()
             if map_size != 256:
                 raise ValueError(f"nested_quant_map: expected 256 values, got {map_size}")
+
+
+def scale_operands(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """absmax, nested_absmax, nested_quant_map and nested_offset, as the operators take them.
+
+    Also of a QuantState of bitsandbytes, which has the same attributes.
+    """
+    nested = state.state2
+    if nested is None:
+        return state.absmax, None, None, None
+    return state.absmax, nested.absmax, nested.code, state.offset
 
 
 def _same(a: Any, b: Any) -> bool:
