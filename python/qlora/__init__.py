@@ -23,6 +23,7 @@ _ATTRIBUTES = {
     "dequantize_": "qlora.nn",
     "report": "qlora.nn",
     "enable": "qlora.integrations",
+    "accelerate_bitsandbytes": "qlora.integrations.bitsandbytes",
     "add_lora": "qlora.lora",
     "merge_and_unload": "qlora.lora",
     "prepare": "qlora.preparation",
