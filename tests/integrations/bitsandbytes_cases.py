@@ -1,0 +1,68 @@
+"""What the tests of accelerator mode share: the switch as a fixture, and layers and models of bitsandbytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qlora
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def accelerated() -> Iterator[None]:
+    """Accelerator mode for one test."""
+    qlora.accelerate_bitsandbytes()
+    yield
+    qlora.accelerate_bitsandbytes(False)
+
+
+@pytest.fixture(autouse=True)
+def off_at_the_end() -> Iterator[None]:
+    """No test leaves it on, whatever happens."""
+    yield
+    qlora.accelerate_bitsandbytes(False)
+
+
+def random_values(
+    *shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> Tensor:
+    """The same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(device, dtype)
+
+
+def make_layer(
+    dtype: torch.dtype,
+    *,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    bias: bool = True,
+    device: str = "cpu",
+    n: int = 96,
+    k: int = 128,
+) -> nn.Module:
+    """An unchanged bitsandbytes layer [n, k] in training mode, the same on every call."""
+    torch.manual_seed(1)
+    layer = bitsandbytes.nn.Linear4bit(
+        k, n, bias=bias, compute_dtype=dtype, compress_statistics=double_quant, quant_type=quant_type
+    )
+    return layer.to(dtype).to(device)
+
+
+def sum_tolerance(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far a product a @ b may be from another of the same operands, in float64.
+
+    Each of the two adds k terms in float32, in its own order, and rounds once to dtype; so does the bias.
+    """
+    a, b = a.detach().cpu().double().abs(), b.detach().cpu().double().abs()
+    terms = a.shape[-1] + 1
+    magnitude = a @ b
+    rounding = torch.finfo(dtype).eps + torch.finfo(dtype).tiny
+    return 2 * (terms * torch.finfo(torch.float32).eps + rounding) * magnitude + torch.finfo(dtype).tiny
