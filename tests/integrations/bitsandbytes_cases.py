@@ -1,33 +1,14 @@
-"""What the tests of accelerator mode share: the switch as a fixture, and layers and models of bitsandbytes."""
+"""What the tests of accelerator mode share: layers of bitsandbytes, inputs, a tolerance."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import qlora
-
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture
-def accelerated() -> Iterator[None]:
-    """Accelerator mode for one test."""
-    qlora.accelerate_bitsandbytes()
-    yield
-    qlora.accelerate_bitsandbytes(False)
-
-
-@pytest.fixture(autouse=True)
-def off_at_the_end() -> Iterator[None]:
-    """No test leaves it on, whatever happens."""
-    yield
-    qlora.accelerate_bitsandbytes(False)
 
 
 def random_values(

@@ -8,10 +8,8 @@ import pytest
 import torch
 from bitsandbytes_cases import (
     DTYPES,
-    accelerated,  # noqa: F401
     bitsandbytes,
     make_layer,
-    off_at_the_end,  # noqa: F401
     random_values,
     sum_tolerance,
 )
@@ -20,6 +18,8 @@ from torch import Tensor, nn
 import qlora
 from assertions import assert_bitwise_equal, assert_codes_agree, assert_within
 from qlora import reference
+
+pytestmark = pytest.mark.usefixtures("acceleration_ends")
 
 functional = bitsandbytes.functional
 
@@ -101,7 +101,8 @@ def test_blocks_that_run_over_the_ends_of_rows_dequantise_right(shape: tuple[int
     assert_bitwise_equal(functional.dequantize_4bit(packed, state), expected)
 
 
-def test_results_are_written_to_out(accelerated: None) -> None:  # noqa: F811
+@pytest.mark.usefixtures("accelerated")
+def test_results_are_written_to_out() -> None:
     x = random_values(32, 64)
     packed, state = functional.quantize_4bit(x, quant_type="nf4")
     out, absmax = torch.zeros_like(packed), torch.zeros_like(state.absmax)
@@ -120,19 +121,22 @@ def test_results_are_written_to_out(accelerated: None) -> None:  # noqa: F811
     assert_bitwise_equal(product, bitsandbytes.matmul_4bit(a, packed, state))
 
 
-def test_an_out_of_another_shape_is_refused(accelerated: None) -> None:  # noqa: F811
+@pytest.mark.usefixtures("accelerated")
+def test_an_out_of_another_shape_is_refused() -> None:
     packed, state = functional.quantize_4bit(random_values(32, 64), quant_type="nf4")
     arguments = (packed, state.absmax, 64, "nf4", (32, 64), torch.float32)
     with pytest.raises(ValueError, match=r"out: expected torch.float32 \[32, 64\] on cpu, got .* \[64, 32\]"):
         torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=torch.empty(64, 32))
 
 
-def test_a_storage_that_the_bytes_do_not_fill_is_refused(accelerated: None) -> None:  # noqa: F811
+@pytest.mark.usefixtures("accelerated")
+def test_a_storage_that_the_bytes_do_not_fill_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a dtype whose items 15 bytes fill, got torch.float32"):
         functional.quantize_4bit(random_values(30), quant_type="nf4", quant_storage=torch.float32)
 
 
-def test_a_one_dimensional_tensor_keeps_its_shape(accelerated: None) -> None:  # noqa: F811
+@pytest.mark.usefixtures("accelerated")
+def test_a_one_dimensional_tensor_keeps_its_shape() -> None:
     packed, state = functional.quantize_4bit(random_values(128), quant_type="nf4")
     assert functional.dequantize_4bit(packed, state).shape == (128,)
 
@@ -191,7 +195,8 @@ def test_a_training_pass_agrees_with_bitsandbytes_alone(
     assert_within(ours[2][None], theirs[2][None], sum_tolerance(torch.ones(1, 6), grad, dtype))
 
 
-def test_no_dense_weight_is_made(accelerated: None) -> None:  # noqa: F811
+@pytest.mark.usefixtures("accelerated")
+def test_no_dense_weight_is_made() -> None:
     layer = make_layer(torch.bfloat16)
     x = random_values(4, 128, dtype=torch.bfloat16).requires_grad_()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -201,7 +206,8 @@ def test_no_dense_weight_is_made(accelerated: None) -> None:  # noqa: F811
     assert not {name for name in names if "dequantize" in name}
 
 
-def test_the_result_may_be_written_to_under_autograd(accelerated: None) -> None:  # noqa: F811
+@pytest.mark.usefixtures("accelerated")
+def test_the_result_may_be_written_to_under_autograd() -> None:
     layer = make_layer(torch.float32)
     x = random_values(4, 128).requires_grad_()
     y = layer(x)
@@ -212,7 +218,8 @@ def test_the_result_may_be_written_to_under_autograd(accelerated: None) -> None:
     assert_within(x.grad, twos.double() @ w, sum_tolerance(twos, w, torch.float32))
 
 
-def test_a_layer_trains_after_it_was_evaluated(accelerated: None) -> None:  # noqa: F811
+@pytest.mark.usefixtures("accelerated")
+def test_a_layer_trains_after_it_was_evaluated() -> None:
     """On CPUs with AVX512-BF16 bitsandbytes alone reorders the weight in eval mode, and has no gradient then."""
     layer = make_layer(torch.float32)
     x, grad = random_values(4, 128), random_values(4, 96, seed=3)
@@ -235,17 +242,19 @@ def test_gemv_of_a_vector_agrees_with_the_layer(device: str) -> None:
     assert_within(y, x.cpu().double() @ w.t(), sum_tolerance(x, w.t(), torch.float32))
 
 
-def test_a_weight_quantised_as_k_by_n_goes_to_bitsandbytes(accelerated: None) -> None:  # noqa: F811
+@pytest.mark.usefixtures("accelerated")
+def test_a_weight_quantised_as_k_by_n_goes_to_bitsandbytes() -> None:
     w = random_values(128, 96)
     packed, state = functional.quantize_4bit(w, quant_type="nf4")
     x = random_values(5, 128, seed=2)
     dense = functional.dequantize_4bit(packed, state).double()
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="quantized from a"):
         y = bitsandbytes.matmul_4bit(x, packed, state)
     assert_within(y, x.double() @ dense, sum_tolerance(x, dense, torch.float32))
 
 
-def test_a_16_bit_offset_of_an_old_checkpoint_is_read(accelerated: None) -> None:  # noqa: F811
+@pytest.mark.usefixtures("accelerated")
+def test_a_16_bit_offset_of_an_old_checkpoint_is_read() -> None:
     layer = make_layer(torch.float32)
     layer.weight.quant_state.offset = layer.weight.quant_state.offset.half()
     x = random_values(4, 128).requires_grad_()
@@ -257,7 +266,8 @@ def test_a_16_bit_offset_of_an_old_checkpoint_is_read(accelerated: None) -> None
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_a_layer_compiles_without_a_break_in_the_graph(double_quant: bool, accelerated: None) -> None:  # noqa: F811
+@pytest.mark.usefixtures("accelerated")
+def test_a_layer_compiles_without_a_break_in_the_graph(double_quant: bool) -> None:
     layer = make_layer(torch.float32, double_quant=double_quant)
     x, grad = random_values(4, 128), random_values(4, 96, seed=3)
     eager = run(layer, x, grad)
@@ -270,7 +280,8 @@ def test_a_layer_compiles_without_a_break_in_the_graph(double_quant: bool, accel
 
 
 @pytest.mark.parametrize("name", ["quantize_4bit", "dequantize_4bit", "gemm_4bit"])
-def test_operators_pass_opcheck(name: str, device: str, accelerated: None) -> None:  # noqa: F811
+@pytest.mark.usefixtures("accelerated")
+def test_operators_pass_opcheck(name: str, device: str) -> None:
     x = random_values(96, 128, device=device)
     packed, absmax = torch.ops.bitsandbytes.quantize_4bit(x, 64, "nf4", torch.uint8)
     a = random_values(3, 128, device=device, seed=4)

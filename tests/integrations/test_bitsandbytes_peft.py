@@ -10,7 +10,6 @@ import pytest
 import torch
 from bitsandbytes_cases import (
     bitsandbytes,
-    off_at_the_end,  # noqa: F401
 )
 from lora_models import SIZES, VOCABULARY
 from torch import nn
@@ -18,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qlora
 from qlora.integrations.peft_clone import _METHODS, without_clone
+
+pytestmark = pytest.mark.usefixtures("acceleration_ends")
 
 TARGETS = ["q_proj", "o_proj"]
 STEPS = 3
@@ -97,7 +98,7 @@ def test_a_tuner_trains_to_the_same_losses(tuner: str, device: str) -> None:
 
 @pytest.mark.parametrize("tuner", ["lora", "ia3"])
 def test_the_mode_can_be_switched_on_under_a_model_with_adapters(tuner: str) -> None:
-    theirs, model = train(tuner, "cpu")
+    _, model = train(tuner, "cpu")
     tokens = (torch.arange(40).reshape(2, 20) * 7) % VOCABULARY
     before = model(input_ids=tokens).logits
     qlora.accelerate_bitsandbytes()

@@ -14,7 +14,6 @@ import torch
 from bitsandbytes_cases import (
     bitsandbytes,
     make_layer,
-    off_at_the_end,  # noqa: F401
     random_values,
 )
 from tiny_models import run_python
@@ -22,6 +21,8 @@ from tiny_models import run_python
 import qlora
 from qlora.integrations import bitsandbytes as accelerator
 from qlora.integrations import peft_clone
+
+pytestmark = pytest.mark.usefixtures("acceleration_ends")
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLE = "QLORA_ACCELERATE_BITSANDBYTES"
