@@ -36,13 +36,18 @@ OPERATORS = (
 )
 
 
+HAS_GEMM = hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+if not HAS_GEMM:
+    OPERATORS = OPERATORS[:-1]
+
+
 def everything() -> list[Any]:
     """All that the mode replaces: registrations of kernels as text, and objects."""
     functions = importlib.import_module("bitsandbytes.autograd._functions")
     modules = importlib.import_module("bitsandbytes.nn.modules")
     registered: list[Any] = [torch._C._dispatch_dump(f"bitsandbytes::{name}") for name in OPERATORS]
     registered += [bitsandbytes.matmul_4bit, functions.matmul_4bit, functions.MatMul4Bit]
-    registered.append(modules._convert_weight_packed_for_cpu)
+    registered += [value for name, value in vars(modules).items() if name == "_convert_weight_packed_for_cpu"]
     for name, class_name, method in peft_clone._METHODS:
         owner = getattr(importlib.import_module(name), class_name)
         registered.append(vars(owner)[method])
@@ -51,6 +56,7 @@ def everything() -> list[Any]:
 
 def test_switching_off_restores_everything() -> None:
     before = everything()
+    has_own_gemv = getattr(bitsandbytes.functional, "has_avx512bf16", bool)()
     for _ in range(2):
         qlora.accelerate_bitsandbytes()
         during = everything()
@@ -58,7 +64,7 @@ def test_switching_off_restores_everything() -> None:
             index for index, pair in enumerate(zip(before, during, strict=True)) if pair[0] == pair[1]
         ]
         # gemv_4bit and gemv_4bit.out, where bitsandbytes has a CPU kernel in its own order of weights.
-        assert unchanged == ([3, 4] if bitsandbytes.functional.has_avx512bf16() else [])
+        assert unchanged == ([3, 4] if has_own_gemv else [])
         qlora.accelerate_bitsandbytes(False)
         assert everything() == before
 
@@ -93,7 +99,7 @@ def test_a_function_imported_before_the_switch_runs_our_kernels() -> None:
     layer = make_layer(torch.float32)
     qlora.accelerate_bitsandbytes()
     x = random_values(4, 128).requires_grad_()
-    y = matmul_4bit(x, layer.weight, layer.weight.quant_state)
+    y = matmul_4bit(x, layer.weight.t(), layer.weight.quant_state)
     assert "_Linear" in type(y.grad_fn).__name__
 
 
@@ -186,7 +192,8 @@ def test_the_call_and_the_variable_go_together(tmp_path: Path) -> None:
         ("yes", "", f"ValueError: {VARIABLE}: expected 0 or 1, got 'yes'"),
         (
             "1",
-            "import importlib.metadata as m; m.version = lambda name: '9.9'\n",
+            "import importlib.metadata as m; true = m.version\n"
+            "m.version = lambda name: '9.9' if name == 'bitsandbytes' else true(name)\n",
             "RuntimeError: qlora.accelerate_bitsandbytes: expected bitsandbytes 0.46 to 0.50, got 9.9",
         ),
         (
