@@ -53,9 +53,9 @@ def run(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tens
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
 def test_quantise_and_dequantise_are_bit_equal(
-    quant_type: str, double_quant: bool, dtype: torch.dtype
+    quant_type: str, double_quant: bool, dtype: torch.dtype, device: str
 ) -> None:
-    x = random_values(48, 192, dtype=dtype)
+    x = random_values(48, 192, dtype=dtype, device=device)
     settings = dict(quant_type=quant_type, compress_statistics=double_quant)
     packed, state = functional.quantize_4bit(x, **settings)
     values = functional.dequantize_4bit(packed, state)
@@ -192,10 +192,11 @@ def sum_of_bias(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
 def test_a_training_pass_agrees_with_bitsandbytes_alone(
-    quant_type: str, double_quant: bool, dtype: torch.dtype
+    quant_type: str, double_quant: bool, dtype: torch.dtype, device: str
 ) -> None:
-    layer = make_layer(dtype, quant_type=quant_type, double_quant=double_quant)
-    x, grad = random_values(6, 128, dtype=dtype), random_values(6, 96, dtype=dtype, seed=3)
+    layer = make_layer(dtype, quant_type=quant_type, double_quant=double_quant, device=device)
+    x = random_values(6, 128, dtype=dtype, device=device)
+    grad = random_values(6, 96, dtype=dtype, device=device, seed=3)
     theirs = run(layer, x, grad)
     qlora.accelerate_bitsandbytes()
     ours = run(layer, x, grad)
@@ -214,6 +215,35 @@ def test_no_dense_weight_is_made() -> None:
     names = {event.key for event in profile.key_averages()}
     assert {"qlora::linear_4bit", "qlora::linear_4bit_grad_input"} <= names
     assert not {name for name in names if "dequantize" in name}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("accelerated")
+def test_the_memory_of_a_dense_weight_is_not_taken() -> None:
+    layer = make_layer(torch.bfloat16, device="cuda", n=4096, k=4096)
+    x = random_values(4, 4096, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        layer(x)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        layer(x)
+    assert torch.cuda.max_memory_allocated() - before < 4096 * 4096
+
+
+@pytest.mark.gpu
+def test_quantising_keeps_to_the_callers_stream() -> None:
+    """bitsandbytes alone quantises on the default stream, beside whatever fills the tensor on another."""
+    qlora.accelerate_bitsandbytes()
+    source = random_values(4096, 4096, device="cuda")
+    expected, _ = functional.quantize_4bit(source, quant_type="nf4")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        x = torch.zeros_like(source)
+        torch.cuda._sleep(50_000_000)
+        x.copy_(source)
+        packed, _ = functional.quantize_4bit(x, quant_type="nf4")
+    torch.cuda.synchronize()
+    assert_bitwise_equal(packed, expected)
 
 
 @pytest.mark.usefixtures("accelerated")

@@ -58,13 +58,13 @@ def test_switching_off_restores_everything() -> None:
     before = everything()
     has_own_gemv = getattr(bitsandbytes.functional, "has_avx512bf16", bool)()
     for _ in range(2):
-        qlora.accelerate_bitsandbytes()
+        text = qlora.accelerate_bitsandbytes()
         during = everything()
         unchanged = [
             index for index, pair in enumerate(zip(before, during, strict=True)) if pair[0] == pair[1]
         ]
         # gemv_4bit and gemv_4bit.out, where bitsandbytes has a CPU kernel in its own order of weights.
-        assert unchanged == ([3, 4] if has_own_gemv else [])
+        assert unchanged == ([3, 4] if has_own_gemv and "CUDA" not in text else [])
         qlora.accelerate_bitsandbytes(False)
         assert everything() == before
 
@@ -103,6 +103,18 @@ def test_a_function_imported_before_the_switch_runs_our_kernels() -> None:
     assert "_Linear" in type(y.grad_fn).__name__
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_cuda_kernels_are_taken_over() -> None:
+    zeros = torch.zeros(64, 64, device="cuda")
+    assert "qlora's CPU and CUDA kernels" in qlora.accelerate_bitsandbytes()
+    # A block of zeros: our code is that of 0, bitsandbytes' on CUDA that of -1.
+    packed, _ = bitsandbytes.functional.quantize_4bit(zeros, quant_type="nf4")
+    assert packed.unique().tolist() == [0x77]
+    qlora.accelerate_bitsandbytes(False)
+    packed, _ = bitsandbytes.functional.quantize_4bit(zeros, quant_type="nf4")
+    assert packed.unique().tolist() == [0x00]
+
+
 @pytest.mark.parametrize("version", ["0.45.5", "0.51.0", "1.0.0", "unknown"])
 def test_an_unknown_version_is_refused_with_the_expected_one(
     version: str, monkeypatch: pytest.MonkeyPatch
@@ -139,6 +151,11 @@ def test_without_bitsandbytes_the_error_says_what_to_install() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+WRONG_VERSION = """
+import importlib.metadata
+true = importlib.metadata.version
+importlib.metadata.version = lambda name: "9.9" if name == "bitsandbytes" else true(name)
+"""
 REPORT = """
 import bitsandbytes
 from bitsandbytes.autograd._functions import MatMul4Bit
@@ -192,8 +209,7 @@ def test_the_call_and_the_variable_go_together(tmp_path: Path) -> None:
         ("yes", "", f"ValueError: {VARIABLE}: expected 0 or 1, got 'yes'"),
         (
             "1",
-            "import importlib.metadata as m; true = m.version\n"
-            "m.version = lambda name: '9.9' if name == 'bitsandbytes' else true(name)\n",
+            WRONG_VERSION,
             "RuntimeError: qlora.accelerate_bitsandbytes: expected bitsandbytes 0.46 to 0.50, got 9.9",
         ),
         (

@@ -26,7 +26,7 @@ _PACKAGES = {
     "datasets": "qlora train",
     "gguf": "the built-in model of qlora train",
     "matplotlib": "the loss plot of qlora train",
-    "bitsandbytes": "optional; comparisons only",
+    "bitsandbytes": "optional; accelerator mode, comparisons",
 }
 _OPTIONAL = ("bitsandbytes",)
 _LABEL_WIDTH = 18
