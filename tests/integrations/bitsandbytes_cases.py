@@ -26,13 +26,20 @@ def make_layer(
     double_quant: bool = True,
     bias: bool = True,
     device: str = "cpu",
+    quant_storage: torch.dtype = torch.uint8,
     n: int = 96,
     k: int = 128,
 ) -> nn.Module:
     """An unchanged bitsandbytes layer [n, k] in training mode, the same on every call."""
     torch.manual_seed(1)
     layer = bitsandbytes.nn.Linear4bit(
-        k, n, bias=bias, compute_dtype=dtype, compress_statistics=double_quant, quant_type=quant_type
+        k,
+        n,
+        bias=bias,
+        compute_dtype=dtype,
+        compress_statistics=double_quant,
+        quant_type=quant_type,
+        quant_storage=quant_storage,
     )
     return layer.to(dtype).to(device)
 

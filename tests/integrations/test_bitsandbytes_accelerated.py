@@ -188,6 +188,19 @@ def sum_of_bias(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     return 2 * torch.finfo(dtype).eps * layer.bias.detach().cpu().double().abs()
 
 
+@pytest.mark.usefixtures("accelerated")
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_a_layer_of_another_storage_gives_the_same(storage: torch.dtype, device: str) -> None:
+    """As FSDP asks for it: the same bytes, viewed."""
+    layers = [
+        make_layer(torch.float32, device=device, quant_storage=dtype) for dtype in (torch.uint8, storage)
+    ]
+    assert layers[1].weight.dtype is storage
+    x, grad = random_values(4, 128, device=device), random_values(4, 96, device=device, seed=3)
+    for a, b in zip(*(run(layer, x, grad) for layer in layers), strict=True):
+        assert_bitwise_equal(a, b)
+
+
 @since_0_50
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,6 +114,35 @@ def test_on_a_gpu_the_cuda_kernels_are_taken_over() -> None:
     qlora.accelerate_bitsandbytes(False)
     packed, _ = bitsandbytes.functional.quantize_4bit(zeros, quant_type="nf4")
     assert packed.unique().tolist() == [0x00]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "architectures", "has_kernels", "reason"),
+    [
+        (None, ["sm_80"], True, "; its GPU kernels stay: qlora has none for ROCm"),
+        ("13.0", [], True, "; its CUDA kernels stay: this qlora was built for the CPU only"),
+        ("13.0", ["sm_80"], False, "; its CUDA kernels stay: this qlora has none for Old GPU"),
+    ],
+)
+def test_a_gpu_that_we_have_no_kernels_for_keeps_bitsandbytes_own(
+    cuda: str | None,
+    architectures: list[str],
+    has_kernels: bool,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    extension = SimpleNamespace(
+        build_info=lambda: {"cuda_architectures": architectures},
+        devices=lambda: [{"name": "Old GPU", "has_kernels": has_kernels}],
+    )
+    monkeypatch.setattr(qlora, "_qlora_ext", extension, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    before = torch._C._dispatch_dump("bitsandbytes::dequantize_4bit")
+    assert qlora.accelerate_bitsandbytes().endswith(f"run on qlora's CPU kernels{reason}")
+    during = torch._C._dispatch_dump("bitsandbytes::dequantize_4bit")
+    lines = [[line for line in dump.splitlines() if line.startswith("CUDA")] for dump in (before, during)]
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize("version", ["0.45.5", "0.51.0", "1.0.0", "unknown"])
