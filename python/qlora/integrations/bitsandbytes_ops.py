@@ -162,7 +162,9 @@ def products(
             return False
         if A.dtype not in _FLOATS or A.device.type not in devices or B.device != A.device:
             return False
-        if bias is not None and (bias.dtype is not A.dtype or bias.shape != state.shape[:1]):
+        if bias is not None and (
+            bias.dtype is not A.dtype or bias.dim() != 1 or bias.shape[0] != state.shape[0]
+        ):
             return False
         if state.nested and state.state2.blocksize != NESTED_BLOCK_SIZE:
             return False
