@@ -51,45 +51,22 @@ void dispatch_bool(bool value, Function&& f) {
   }
 }
 
+// f with the one of kValues that `value` is.
+template <int... kValues, typename Function>
+void dispatch_constant(const char* name, int64_t value, Function&& f) {
+  const bool is_known = ((value == kValues && (f(std::integral_constant<int, kValues>{}), true)) || ...);
+  if (!is_known) fail(QLORA_INTERNAL_ERROR, name, ": expected a checked value, got ", value);
+}
+
 template <typename Function>
 void dispatch_block_size(int64_t block_size, Function&& f) {
-  switch (block_size) {
-    case 32:
-      return f(std::integral_constant<int, 32>{});
-    case 64:
-      return f(std::integral_constant<int, 64>{});
-    case 128:
-      return f(std::integral_constant<int, 128>{});
-    case 256:
-      return f(std::integral_constant<int, 256>{});
-    case 512:
-      return f(std::integral_constant<int, 512>{});
-    case 1024:
-      return f(std::integral_constant<int, 1024>{});
-    case 2048:
-      return f(std::integral_constant<int, 2048>{});
-    case 4096:
-      return f(std::integral_constant<int, 4096>{});
-  }
-  fail(QLORA_INTERNAL_ERROR, "dispatch_block_size: expected a checked block size, got ", block_size);
+  dispatch_constant<32, 64, 128, 256, 512, 1024, 2048, 4096>("dispatch_block_size", block_size, f);
 }
 
 // Rows of x that a fused kernel pads to.
 template <typename Function>
 void dispatch_tokens(int tokens, Function&& f) {
-  switch (tokens) {
-    case 16:
-      return f(std::integral_constant<int, 16>{});
-    case 32:
-      return f(std::integral_constant<int, 32>{});
-    case 64:
-      return f(std::integral_constant<int, 64>{});
-    case 128:
-      return f(std::integral_constant<int, 128>{});
-    case 256:
-      return f(std::integral_constant<int, 256>{});
-  }
-  fail(QLORA_INTERNAL_ERROR, "dispatch_tokens: expected 16 to 256, got ", tokens);
+  dispatch_constant<16, 32, 64, 128, 256>("dispatch_tokens", tokens, f);
 }
 
 }  // namespace qlora

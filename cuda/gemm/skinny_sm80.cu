@@ -1,6 +1,5 @@
 // y = x W^T + bias for 1 to 32 rows of x with what every GPU from sm_80 on has: mma.sync, cp.async and 96 KiB of shared
-// memory. The operands are dealt as in skinny_sm90.cu: W is the 16-row operand of mma.m16n8k16, and within a block of
-// 64 columns lane i of a quad owns columns 16i..16i+15, 8 consecutive bytes of W and 32 of x.
+// memory. W is the 16-row operand and x the 8-column one, dealt as block_product.cuh says.
 //
 //   grid     a block a multiprocessor takes turns at work items: a tile of 32 rows of W and a part of k
 //   warp     every 8th chunk of 128 columns: two tiles of 16 rows use each piece of x
@@ -15,8 +14,8 @@
 #include <cstdint>
 
 #include "core/status.h"
+#include "cuda/device/block_product.cuh"
 #include "cuda/device/copy_async.cuh"
-#include "cuda/device/mma.cuh"
 #include "cuda/device/numeric.cuh"
 #include "cuda/device/pair_table.cuh"
 #include "cuda/device/unaligned.cuh"
@@ -175,24 +174,7 @@ __device__ __forceinline__ void multiply_chunk(const Arguments& arguments, const
       const uint2 high = *reinterpret_cast<const uint2*>(source + 8 * kChunkBytes);
       const float scale_low = __shfl_sync(0xFFFFFFFFu, scale, row);
       const float scale_high = __shfl_sync(0xFFFFFFFFu, scale, row + 8);
-      const uint32_t a[4][4] = {{table.template pair<0>(low.x), table.template pair<0>(high.x),
-                                 table.template pair<1>(low.x), table.template pair<1>(high.x)},
-                                {table.template pair<2>(low.x), table.template pair<2>(high.x),
-                                 table.template pair<3>(low.x), table.template pair<3>(high.x)},
-                                {table.template pair<0>(low.y), table.template pair<0>(high.y),
-                                 table.template pair<1>(low.y), table.template pair<1>(high.y)},
-                                {table.template pair<2>(low.y), table.template pair<2>(high.y),
-                                 table.template pair<3>(low.y), table.template pair<3>(high.y)}};
-#pragma unroll
-      for (int q = 0; q < kTokens / 8; ++q) {
-        float products[4] = {};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) multiply_add<T>(products, a[j], x.words[b][q][2 * j], x.words[b][q][2 * j + 1]);
-        sums[t][q][0] = fmaf(scale_low, products[0], sums[t][q][0]);
-        sums[t][q][1] = fmaf(scale_low, products[1], sums[t][q][1]);
-        sums[t][q][2] = fmaf(scale_high, products[2], sums[t][q][2]);
-        sums[t][q][3] = fmaf(scale_high, products[3], sums[t][q][3]);
-      }
+      add_block_product<T, kTokens>(low, high, scale_low, scale_high, table, x.words[b], sums[t]);
     }
   }
 }

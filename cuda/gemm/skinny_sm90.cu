@@ -1,9 +1,7 @@
 // y = x W^T + bias for 1 to 16 rows of x: the weight is read once from HBM, in the order in which it lies there.
 //
-// The weight is the 16-row operand of mma.m16n8k16 and x the 8-column one, so few rows of x waste little. A sum of
-// products has no order, so the k slots of the operands are dealt such that memory needs no rearrangement: within a
-// block of 64 columns lane i of a quad owns columns 16i..16i+15, which are 8 consecutive bytes of W and 32 of x, and
-// slots 2i, 2i+1, 2i+8, 2i+9 of product j are its columns 16i+4j..16i+4j+3.
+// The weight is the 16-row operand of mma.m16n8k16 and x the 8-column one, so few rows of x waste little; they are dealt
+// as block_product.cuh says.
 //
 //   grid     clusters of `split` blocks, one block a multiprocessor. Clusters take turns at the tiles of 16 rows of W;
 //            a block of a cluster has a range of k, a warp of it kChunks chunks of 256 columns.
@@ -24,8 +22,8 @@
 #include <cstdint>
 
 #include "core/status.h"
+#include "cuda/device/block_product.cuh"
 #include "cuda/device/copy_async.cuh"
-#include "cuda/device/mma.cuh"
 #include "cuda/device/numeric.cuh"
 #include "cuda/device/pair_table.cuh"
 #include "cuda/device/unaligned.cuh"
@@ -256,24 +254,7 @@ __device__ __forceinline__ void multiply_stage(const unsigned char* weight, cons
     const uint2 high = *reinterpret_cast<const uint2*>(source + 8 * kChunkBytes);
     const float scale_low = __shfl_sync(0xFFFFFFFFu, scales[0], b, 4);
     const float scale_high = __shfl_sync(0xFFFFFFFFu, scales[1], b, 4);
-    const uint32_t a[4][4] = {{table.template pair<0>(low.x), table.template pair<0>(high.x),
-                               table.template pair<1>(low.x), table.template pair<1>(high.x)},
-                              {table.template pair<2>(low.x), table.template pair<2>(high.x),
-                               table.template pair<3>(low.x), table.template pair<3>(high.x)},
-                              {table.template pair<0>(low.y), table.template pair<0>(high.y),
-                               table.template pair<1>(low.y), table.template pair<1>(high.y)},
-                              {table.template pair<2>(low.y), table.template pair<2>(high.y),
-                               table.template pair<3>(low.y), table.template pair<3>(high.y)}};
-#pragma unroll
-    for (int q = 0; q < kTokens / 8; ++q) {
-      float products[4] = {};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) multiply_add<T>(products, a[j], x.words[b][q][2 * j], x.words[b][q][2 * j + 1]);
-      sums[q][0] = fmaf(scale_low, products[0], sums[q][0]);
-      sums[q][1] = fmaf(scale_low, products[1], sums[q][1]);
-      sums[q][2] = fmaf(scale_high, products[2], sums[q][2]);
-      sums[q][3] = fmaf(scale_high, products[3], sums[q][3]);
-    }
+    add_block_product<T, kTokens>(low, high, scale_low, scale_high, table, x.words[b], sums);
   }
 }
 
