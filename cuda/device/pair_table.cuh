@@ -39,8 +39,8 @@ struct CodeValues {
 
 // Fills a table of 256 entries of kEntryBytes, by kThreads threads, of whole warps: pack(even, odd) at each lane's
 // place in an entry. A barrier among those that read the table must follow.
-template <int kThreads, int kEntryBytes, int kUnroll, typename Pack>
-__device__ __forceinline__ void fill_table(unsigned char* table, const CodeValues& values, int thread, Pack&& pack) {
+template <int kThreads, int kEntryBytes, int kUnroll, typename Thread, typename Pack>
+__device__ __forceinline__ void fill_table(unsigned char* table, const CodeValues& values, Thread thread, Pack&& pack) {
   const int lane = thread % 32;
   const float value = values.of_code[lane % kNumCodes];
 #pragma unroll kUnroll

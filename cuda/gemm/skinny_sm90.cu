@@ -1,7 +1,7 @@
 // y = x W^T + bias for 1 to 16 rows of x: the weight is read once from HBM, in the order in which it lies there.
 //
-// The weight is the 16-row operand of mma.m16n8k16 and x the 8-column one, so few rows of x waste little; they are dealt
-// as block_product.cuh says.
+// The weight is the 16-row operand of mma.m16n8k16 and x the 8-column one, so few rows of x waste little; they are
+// dealt as block_product.cuh says.
 //
 //   grid     clusters of `split` blocks, one block a multiprocessor. Clusters take turns at the tiles of 16 rows of W;
 //            a block of a cluster has a range of k, a warp of it kChunks chunks of 256 columns.
