@@ -65,12 +65,14 @@ def call(name: str, x: Tensor, args: tuple, form: dict) -> Tensor:
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("m", [1, 12, 17, 64, 100, 129, 256])
+@pytest.mark.parametrize(
+    ("fused", "m"),
+    [(name, m) for name, most in MAX_ROWS.items() for m in (1, 12, 17, 32, 64, 100, 129, 256) if m <= most],
+    indirect=["fused"],
+)
 def test_fused_equals_float64_product_of_the_exact_weight(
     fused: str, m: int, shape: tuple[int, int], quant: tuple[torch.dtype, str, bool, int]
 ) -> None:
-    if m > 2 * MAX_ROWS[fused]:
-        return  # the same operands as with fewer
     n, k = shape
     dtype, quant_type, is_nested, block_size = quant
     args, form, weight = quantized(n, k, torch.float32, is_nested, quant_type, block_size)

@@ -286,7 +286,9 @@ def test_a_layer_trains_after_it_was_evaluated() -> None:
 
 def test_gemv_of_a_vector_agrees_with_the_layer(device: str) -> None:
     if device == "cpu" and getattr(functional, "has_avx512bf16", bool)():
-        pytest.skip("this CPU has AVX512-BF16: bitsandbytes' gemv_4bit takes only weights in its own order there")
+        pytest.skip(
+            "this CPU has AVX512-BF16: bitsandbytes' gemv_4bit takes only weights in its own order there"
+        )
     layer = make_layer(torch.float32, bias=False, device=device)
     x = random_values(1, 128, device=device)
     qlora.accelerate_bitsandbytes()
