@@ -187,9 +187,10 @@ true = importlib.metadata.version
 importlib.metadata.version = lambda name: "9.9" if name == "bitsandbytes" else true(name)
 """
 REPORT = """
+import sys
 import bitsandbytes
 from bitsandbytes.autograd._functions import MatMul4Bit
-print(MatMul4Bit.__module__.partition(".")[0])
+print(MatMul4Bit.__module__.partition(".")[0], "qlora" in sys.modules)
 """
 
 
@@ -219,17 +220,24 @@ def import_bitsandbytes(directory: Path, value: str | None, prelude: str = "") -
 
 
 @pytest.mark.parametrize(
-    ("value", "owner"), [(None, "bitsandbytes"), ("0", "bitsandbytes"), ("", "bitsandbytes"), ("1", "qlora")]
+    ("value", "expected"),
+    [
+        (None, "bitsandbytes False"),
+        ("0", "bitsandbytes False"),
+        ("", "bitsandbytes False"),
+        ("1", "qlora True"),
+    ],
 )
-def test_the_variable_switches_it_on_at_import(value: str | None, owner: str, tmp_path: Path) -> None:
+def test_the_variable_switches_it_on_at_import(value: str | None, expected: str, tmp_path: Path) -> None:
+    """And without it qlora is not imported."""
     out, err = import_bitsandbytes(tmp_path, value)
-    assert out == owner
+    assert out == expected
     assert "qlora" not in err
 
 
 def test_the_call_and_the_variable_go_together(tmp_path: Path) -> None:
     out, err = import_bitsandbytes(tmp_path, "1", "import qlora; print(qlora.accelerate_bitsandbytes())\n")
-    assert out.startswith("qlora: bitsandbytes ") and out.endswith("\nqlora")
+    assert out.startswith("qlora: bitsandbytes ") and out.endswith("\nqlora True")
     assert "qlora" not in err
 
 
@@ -253,7 +261,7 @@ def test_a_failure_is_one_warning_and_bitsandbytes_is_imported(
     value: str, prelude: str, reason: str, tmp_path: Path
 ) -> None:
     out, err = import_bitsandbytes(tmp_path, value, prelude)
-    assert out == "bitsandbytes"
+    assert out.startswith("bitsandbytes ")
     warnings = [line for line in err.splitlines() if "Warning: " in line and "qlora" in line]
     assert len(warnings) == 1
     assert warnings[0].endswith(f"UserWarning: qlora: bitsandbytes keeps its own kernels: {reason}")

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
-import warnings
 from collections.abc import Callable
 from types import ModuleType
 
 from ._post_import import when_imported
 
-__all__ = ["enable", "load_into_bitsandbytes", "register_hooks", "when_imported"]
-
-#: Environment variable: 1 switches accelerator mode on whenever bitsandbytes is imported.
-ACCELERATE_VARIABLE = "QLORA_ACCELERATE_BITSANDBYTES"
+__all__ = ["enable", "register_hooks", "when_imported"]
 
 # Host module, our module, and the function in it to call with the host once that is imported.
 _hooks_to_register = [
@@ -82,23 +77,3 @@ def enable() -> None:
     from . import transformers
 
     transformers.enable()
-
-
-def load_into_bitsandbytes() -> None:
-    """The entry point that bitsandbytes calls at the end of its import; does nothing unless the variable is 1.
-
-    A failure is a warning: the import of bitsandbytes goes on.
-    """
-    value = os.environ.get(ACCELERATE_VARIABLE, "0")
-    try:
-        if value not in ("0", "1", ""):
-            raise ValueError(f"{ACCELERATE_VARIABLE}: expected 0 or 1, got {value!r}")
-        if value == "1":
-            from .bitsandbytes import accelerate_bitsandbytes
-
-            accelerate_bitsandbytes()
-    except Exception as error:  # noqa: BLE001  bitsandbytes turns any error into a failed import
-        text = " ".join(str(error).split())
-        warnings.warn(
-            f"qlora: bitsandbytes keeps its own kernels: {type(error).__name__}: {text}", stacklevel=2
-        )
