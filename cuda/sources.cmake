@@ -9,6 +9,7 @@ target_sources(qlora PRIVATE
   cuda/gemm/cublas.cpp
   cuda/gemm/dense.cu
   cuda/gemm/naive.cu
+  cuda/gemm/narrow_sm90.cu
   cuda/gemm/select.cpp
   cuda/gemm/skinny_sm80.cu
   cuda/gemm/skinny_sm90.cu

@@ -92,6 +92,28 @@ class PairTable {
   uint32_t lane_address_;
 };
 
+// The same table at kAddress of the block's shared memory, which need not be a multiple of 64 KiB: the load adds it.
+template <typename T, int kAddress>
+class FixedPairTable {
+ public:
+  // With the block's place in its cluster, which addresses begin with.
+  __device__ __forceinline__ explicit FixedPairTable(const unsigned char* table)
+      : lane_offset_(keep(shared_address(table) - kAddress + threadIdx.x % 32 * 4)) {}
+
+  // The pair of byte kByte of `word`.
+  template <int kByte>
+  __device__ __forceinline__ uint32_t pair(uint32_t word) const {
+    uint32_t pair;
+    asm("ld.shared.u32 %0, [%1 + %2];"
+        : "=r"(pair)
+        : "r"(__byte_perm(word, lane_offset_, table_selector(kByte))), "n"(kAddress));
+    return pair;
+  }
+
+ private:
+  uint32_t lane_offset_;
+};
+
 // The same in half the shared memory, for GPUs with little of it: entries of 128 bytes at any 128-byte aligned address.
 // A pair costs SHF + LOP3 + LDS.32.
 template <typename T>

@@ -15,6 +15,12 @@ __device__ __forceinline__ uint4 load_shared_16_bytes(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ uint2 load_shared_8_bytes(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+
 __device__ __forceinline__ float load_shared_float(uint32_t address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));

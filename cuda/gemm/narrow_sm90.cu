@@ -1,0 +1,667 @@
+// y = x W^T + bias for up to 64 rows of x on Hopper's wgmma: the weight is read once from HBM and decoded once, to the
+// registers from which the tensor cores take it as their 64-row operand; x is their column operand, kTokens columns.
+//
+//   grid     clusters of `split` blocks, a block a multiprocessor. Clusters take turns at the tiles of 128 rows of W; a
+//            block of a cluster has a range of k, in steps of 256 columns.
+//   slots    a ring in shared memory; a slot has a step's packed bytes, scales and columns of x
+//   copies   by warpgroup 0: warps 0 and 1 decode scales, warp 2 copies x, a lane of warp 3 the packed bytes
+//   order    the operand's layout gives a lane every fourth byte of a block of 64 columns: the quad's lanes read 8 bytes
+//            each and exchange them, which takes shared memory half the time that reading all 32 takes
+//   decode   a packed byte to two values through PairTable, unscaled; the products of a block of 64 are summed from
+//            zero and then scaled, in fp32
+//   work     two pairs of warpgroups, 64 rows of W each; the pairs take turns at the steps
+//   sums     pairs: in shared memory; blocks of a cluster: in distributed shared memory; in a fixed order
+//
+// Rounding: see PairTable; fp32 sums; y.
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+#include "cuda/device/barrier.cuh"
+#include "cuda/device/copy_async.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/pair_table.cuh"
+#include "cuda/device/shared.cuh"
+#include "cuda/device/tensor_copy.cuh"
+#include "cuda/device/unaligned.cuh"
+#include "cuda/device/wgmma.cuh"
+#include "cuda/dispatch.h"
+#include "cuda/gemm/gemm.h"
+#include "cuda/gemm/step_scales.cuh"
+#include "cuda/gemm/store_product.cuh"
+#include "cuda/launch.h"
+#include "cuda/remember.h"
+#include "cuda/tensor_map.h"
+#include "cuda/weight_arguments.h"
+
+namespace qlora {
+namespace {
+
+constexpr int kWarpgroup = 128;  // threads
+constexpr int kPairs = 2;
+constexpr int kPairThreads = 2 * kWarpgroup;
+constexpr int kConsumers = kPairs * kPairThreads;
+constexpr int kThreads = kWarpgroup + kConsumers;
+constexpr int kTile = kScaledRows;
+constexpr int kStep = kStepBlocks * kBlockCols;
+constexpr int kRowBytes = kStep / 2;
+constexpr int kMaxSplit = 8;  // blocks in a portable cluster
+constexpr int kMaxTokens = 64;
+constexpr int kMaxSlots = 5;
+constexpr int kCopyRegisters = 64;
+constexpr int kRegisters = 104;
+constexpr int kReservedBytes = 1024;  // of shared memory, that CUDA puts before a block's
+constexpr int kBlockWindow = 1 << 24;  // of addresses in the shared memory of a cluster
+
+template <int kTokens>
+constexpr int kSlots = kTokens == 16 ? 5 : kTokens == 32 ? 4 : 3;
+
+template <int kTokens>
+struct Slot {
+  unsigned char weight[kTile * kRowBytes];  // the 16-byte piece p of row r at place p ^ r % 8
+  float scales[kTile * kStepBlocks];
+  unsigned char input[kStepBlocks][kTokens * kBlockCols * 2];  // as describe_columns says
+};
+
+// Shared memory: the pair table, the slots, this.
+struct Rest {
+  float nested_code[256];
+  Barrier full[kMaxSlots];
+  Barrier empty[kMaxSlots];
+  unsigned char staging[kPairThreads / 32][kStoreBytes];
+};
+template <int kTokens>
+constexpr int kSharedBytes =
+    PairTable<__half>::kBytes + kSlots<kTokens> * static_cast<int>(sizeof(Slot<kTokens>)) + static_cast<int>(sizeof(Rest));
+
+// Floats between tokens of the sums that blocks of a cluster exchange: no bank conflicts.
+constexpr int kSumStride = kTile + 4;
+
+struct Arguments {
+  const uint8_t* packed;
+  Scales scales;
+  float scale_factor;  // that the table asks for
+  const void* x;
+  const void* bias;
+  void* y;
+  int m;
+  int rows;  // of the weight
+  int cols;
+  int log2_split;
+  bool is_weight_aligned;   // packed to 16 bytes
+  bool is_x_aligned;        // to 16 bytes
+  bool is_y_aligned;        // rows to 16 bytes
+  bool are_scales_aligned;  // see StepScales
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+enum NamedBarrier { kAllScaleThreads = 1, kAllConsumers, kOnePair };  // 0 is __syncthreads
+
+template <int kCount>
+__device__ __forceinline__ void synchronize(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
+}
+
+// What a block has to do: `count` steps from `begin` on of every num_clusters-th tile from cluster_index on.
+struct Work {
+  int rank;
+  int tile;
+  int tile_step;
+  int num_tiles;
+  int begin;
+  int count;
+
+  __device__ __forceinline__ explicit Work(const Arguments& arguments) {
+    const int num_steps = (arguments.cols + kStep - 1) / kStep;
+    rank = static_cast<int>(blockIdx.x) & ((1 << arguments.log2_split) - 1);
+    tile = static_cast<int>(blockIdx.x) >> arguments.log2_split;
+    tile_step = static_cast<int>(gridDim.x) >> arguments.log2_split;
+    num_tiles = (arguments.rows + kTile - 1) / kTile;
+    begin = num_steps * rank >> arguments.log2_split;
+    count = (num_steps * (rank + 1) >> arguments.log2_split) - begin;
+  }
+};
+
+// Warps 0 and 1.
+template <int kTokens, bool kIsNested>
+__device__ __forceinline__ void copy_scales(const Arguments& arguments, const Work& work, Slot<kTokens>* slots,
+                                            Rest& rest) {
+  const int first_row = work.tile * kTile;
+  StepScales<kIsNested> scales;
+  float nested_offset = 0.0f;
+  if constexpr (kIsNested) {
+    // All that is read first is asked for before any of it is waited for.
+    const float4 codes = reinterpret_cast<const float4*>(arguments.scales.nested_code)[threadIdx.x];
+    nested_offset = *arguments.scales.nested_offset;
+    scales.load(arguments, first_row, work.begin);
+    reinterpret_cast<float4*>(rest.nested_code)[threadIdx.x] = codes;
+    synchronize<kScaleThreads>(kAllScaleThreads);
+  } else {
+    scales.load(arguments, first_row, work.begin);
+  }
+  RingPlace<kSlots<kTokens>> place;
+  for (int tile = work.tile; tile < work.num_tiles; tile += work.tile_step) {
+    for (int i = 0; i < work.count; ++i) {
+      const int step = work.begin + i;
+      Slot<kTokens>& slot = slots[place.stage()];
+      wait(rest.empty[place.stage()], place.free_parity());
+      scales.store(arguments, tile * kTile, step, rest.nested_code, nested_offset, slot.scales);
+      const bool is_last = i + 1 == work.count;
+      if (!is_last || tile + work.tile_step < work.num_tiles) {
+        scales.load(arguments, (is_last ? tile + work.tile_step : tile) * kTile, is_last ? work.begin : step + 1);
+      }
+      if (!arguments.is_weight_aligned) {
+        for (int piece = threadIdx.x; piece < kTile * 8; piece += kScaleThreads) {
+          const int row = piece / 8;
+          const int byte = step * kRowBytes + piece % 8 * 16;
+          if (byte >= arguments.cols / 2) continue;
+          const int64_t source = int64_t{min(tile * kTile + row, arguments.rows - 1)} * (arguments.cols / 2) + byte;
+          *reinterpret_cast<uint4*>(slot.weight + row * kRowBytes + (piece % 8 ^ row % 8) * 16) =
+              load_16_unaligned_bytes(arguments.packed + source);
+        }
+      }
+      arrive(rest.full[place.stage()]);
+      place.advance();
+    }
+  }
+}
+
+// A step of x by a warp, where the tensor memory accelerator does not take it; zeros behind the last row and column.
+template <int kTokens>
+__device__ __noinline__ void copy_x_plainly(const Arguments& arguments, int step, Slot<kTokens>& slot) {
+  for (int i = threadIdx.x % 32; i < kStepBlocks * kTokens * 8; i += 32) {
+    const int block = i / (kTokens * 8);
+    const int token = i / 8 % kTokens;
+    const int col = step * kStep + block * kBlockCols + i % 8 * 8;
+    const bool is_there = token < arguments.m && col < arguments.cols;
+    const auto* const row = static_cast<const uint8_t*>(arguments.x) + int64_t{token} * arguments.cols * 2;
+    *reinterpret_cast<uint4*>(slot.input[block] + token * 128 + (i % 8 ^ token % 8) * 16) =
+        is_there ? load_16_unaligned_bytes(row + col * 2) : make_uint4(0, 0, 0, 0);
+  }
+  fence_shared();
+  __syncwarp();
+}
+
+// Warp 2: x.
+template <int kTokens>
+__device__ __forceinline__ void copy_x(const Arguments& arguments, const CUtensorMap& map, const Work& work,
+                                       Slot<kTokens>* slots, Rest& rest) {
+  const bool is_first = threadIdx.x % 32 == 0;
+  RingPlace<kSlots<kTokens>> place;
+  for (int tile = work.tile; tile < work.num_tiles; tile += work.tile_step) {
+    for (int i = 0; i < work.count; ++i) {
+      const int step = work.begin + i;
+      Slot<kTokens>& slot = slots[place.stage()];
+      Barrier& full = rest.full[place.stage()];
+      wait(rest.empty[place.stage()], place.free_parity());
+      if (!arguments.is_x_aligned) {
+        copy_x_plainly(arguments, step, slot);
+        if (is_first) arrive(full);
+      } else if (is_first) {
+        arrive_expecting(full, sizeof(slot.input));
+#pragma unroll
+        for (int b = 0; b < kStepBlocks; ++b) copy_box(slot.input[b], map, step * kStep + b * kBlockCols, 0, full);
+      }
+      place.advance();
+    }
+  }
+}
+
+// A lane of warp 3: the packed bytes.
+template <int kTokens>
+__device__ __forceinline__ void copy_weight(const Arguments& arguments, const CUtensorMap& map, const Work& work,
+                                            Slot<kTokens>* slots, Rest& rest) {
+  RingPlace<kSlots<kTokens>> place;
+  for (int tile = work.tile; tile < work.num_tiles; tile += work.tile_step) {
+    for (int i = 0; i < work.count; ++i) {
+      Slot<kTokens>& slot = slots[place.stage()];
+      Barrier& full = rest.full[place.stage()];
+      wait(rest.empty[place.stage()], place.free_parity());
+      if (arguments.is_weight_aligned) {
+        arrive_expecting(full, sizeof(slot.weight));
+        copy_box(slot.weight, map, (work.begin + i) * kRowBytes, tile * kTile, full);
+        if (const int ahead = i + kSlots<kTokens>; ahead < work.count) {
+          prefetch_box_to_l2(map, (work.begin + ahead) * kRowBytes, tile * kTile);
+        }
+      } else {
+        arrive(full);
+      }
+      place.advance();
+    }
+  }
+}
+
+// Exchanges bytes among the lanes of a quad. Lane i has bytes 8i..8i+7 of a row's 32, two words; it gets, in byte j of
+// low and high, byte i of lane j's words: of its columns' pairs those that the operand's layout gives to lane i.
+class QuadTranspose {
+ public:
+  __device__ __forceinline__ QuadTranspose() {
+    const bool is_high = threadIdx.x % 4 / 2 != 0;
+    const bool is_odd = threadIdx.x % 2 != 0;
+    send_half_ = keep(is_high ? 0x5410 : 0x7632);
+    low_half_ = keep(is_high ? 0x3254 : 0x5410);
+    high_half_ = keep(is_high ? 0x3276 : 0x7610);
+    send_byte_ = keep(is_odd ? 0x6420 : 0x7531);
+    low_byte_ = keep(is_odd ? 0x3514 : 0x5240);
+    high_byte_ = keep(is_odd ? 0x3716 : 0x7260);
+  }
+  __device__ __forceinline__ uint2 operator()(uint2 words) const {
+    const uint32_t half = __shfl_xor_sync(0xFFFFFFFFu, __byte_perm(words.x, words.y, send_half_), 2);
+    const uint32_t low = __byte_perm(words.x, half, low_half_);
+    const uint32_t high = __byte_perm(words.y, half, high_half_);
+    const uint32_t byte = __shfl_xor_sync(0xFFFFFFFFu, __byte_perm(low, high, send_byte_), 1);
+    return make_uint2(__byte_perm(low, byte, low_byte_), __byte_perm(high, byte, high_byte_));
+  }
+
+ private:
+  // Selectors: what goes to the lane two further, and what of each word becomes of that; the same for the next lane.
+  uint32_t send_half_;
+  uint32_t low_half_;
+  uint32_t high_half_;
+  uint32_t send_byte_;
+  uint32_t low_byte_;
+  uint32_t high_byte_;
+};
+
+using Fragments = uint32_t[4][4];  // of a lane for a block of 64 columns: 4 products of 16
+
+template <typename T, int kTokens>
+class Consumer {
+ public:
+  __device__ __forceinline__ Consumer(const Arguments& arguments, const Work& work, const unsigned char* table,
+                                      Slot<kTokens>* slots, Rest& rest)
+      : arguments_(arguments),
+        work_(work),
+        slots_(slots),
+        rest_(rest),
+        table_(table),
+        pair_(keep(warpgroup() / 2)),
+        weight_(keep(shared_address(slots->weight) + row() * kRowBytes + threadIdx.x % 2 * 8)),
+        swizzle_(keep((threadIdx.x % 4 / 2 ^ row() % 8) * 16)),
+        scales_(keep(shared_address(slots->scales) + row() * kStepBlocks * 4)),
+        input_(static_cast<uint32_t>(describe_columns(slots->input))) {
+    place_.advance(static_cast<int>(pair_));
+  }
+
+  __device__ __forceinline__ void run() {
+    int next = static_cast<int>(pair_);  // Steps are counted through all tiles; this pair's next.
+    int end = 0;
+    for (int tile = work_.tile; tile < work_.num_tiles; tile += work_.tile_step) {
+#pragma unroll
+      for (float& sum : sums_) sum = 0.0f;
+      const bool has_two = work_.count > 1 || end % 2 == 1;  // the second pair has a step
+      end += work_.count;
+#pragma unroll 1
+      for (; next < end; next += kPairs) {
+        multiply_step();
+        if (pair_ == 0 || next + kPairs < end) arrive(rest_.empty[place_.stage()]);  // The last: see exchange.
+        place_.advance(kPairs);
+      }
+      exchange(has_two ? ((end - 2) | 1) % kSlots<kTokens> : -1);
+      if (pair_ == 0 && arguments_.log2_split == 0) store(tile * kTile);
+    }
+  }
+
+  // The sums, for the cluster, where all has been read.
+  __device__ __forceinline__ void keep_sums() const {
+    if (pair_ == 1) return;
+    synchronize<kPairThreads>(kOnePair);
+    float* const sums = reinterpret_cast<float*>(slots_);
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int token = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+      sums[token * kSumStride + row() + i % 4 / 2 * 8] = sums_[i];
+    }
+  }
+
+ private:
+  static constexpr int kBuffers = kTokens == 64 ? 1 : 2;  // with 2 the next block is decoded while products run
+
+  static __device__ __forceinline__ int warpgroup() { return threadIdx.x / kWarpgroup - 1; }
+  static __device__ __forceinline__ int first_row_of_warp() {
+    return warpgroup() % 2 * 64 + threadIdx.x % kWarpgroup / 32 * 16;
+  }
+  // First of the two rows of the tile that the lane holds; the other is 8 further. The lanes that load at once, half a
+  // warp, have every second row: the swizzle then leads them to different banks.
+  static __device__ __forceinline__ int row() {
+    const int group = threadIdx.x % 32 / 4;
+    return first_row_of_warp() + group % 4 * 2 + group / 4;
+  }
+
+  __device__ __forceinline__ void decode(uint32_t slot, int block, Fragments& a) const {
+    const uint32_t source = weight_ + slot + ((block * 32) ^ swizzle_);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint2 words = transpose_(load_shared_8_bytes(source + h * 8 * kRowBytes));
+      a[0][h] = table_.template pair<0>(words.x);
+      a[0][2 + h] = table_.template pair<0>(words.y);
+      a[1][h] = table_.template pair<1>(words.x);
+      a[1][2 + h] = table_.template pair<1>(words.y);
+      a[2][h] = table_.template pair<2>(words.x);
+      a[2][2 + h] = table_.template pair<2>(words.y);
+      a[3][h] = table_.template pair<3>(words.x);
+      a[3][2 + h] = table_.template pair<3>(words.y);
+    }
+  }
+
+  static __device__ __forceinline__ uint64_t plus(uint32_t descriptor, uint32_t offset) {
+    return uint64_t{0x40000040} << 32 | (descriptor + offset);
+  }
+
+  __device__ __forceinline__ void multiply_step() {
+    const uint32_t slot = place_.stage() * static_cast<uint32_t>(sizeof(Slot<kTokens>));
+    wait(rest_.full[place_.stage()], place_.parity());
+    const uint32_t input = __shfl_sync(0xFFFFFFFFu, input_ + slot / 16, 0);
+    decode(slot, 0, a_[0]);
+#pragma unroll
+    for (int b = 0; b < kStepBlocks; ++b) {
+      fence_registers();
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        multiply<T, kTokens>(products_, a_[b % kBuffers][j],
+                             plus(input, b * (kTokens * kBlockCols * 2 / 16) + j * kProductStep), j > 0);
+      }
+      commit_products();
+      if (kBuffers == 2 && b + 1 < kStepBlocks) decode(slot, b + 1, a_[(b + 1) % 2]);
+      const float scale_low = load_shared_float(scales_ + slot + b * 4);
+      const float scale_high = load_shared_float(scales_ + slot + (8 * kStepBlocks + b) * 4);
+      wait_for_products<0>();
+      hold_registers(products_);
+      if (kBuffers == 1 && b + 1 < kStepBlocks) decode(slot, b + 1, a_[0]);
+#pragma unroll
+      for (int c = 0; c < kTokens / 8; ++c) {
+        sums_[4 * c] = fmaf(scale_low, products_[4 * c], sums_[4 * c]);
+        sums_[4 * c + 1] = fmaf(scale_low, products_[4 * c + 1], sums_[4 * c + 1]);
+        sums_[4 * c + 2] = fmaf(scale_high, products_[4 * c + 2], sums_[4 * c + 2]);
+        sums_[4 * c + 3] = fmaf(scale_high, products_[4 * c + 3], sums_[4 * c + 3]);
+      }
+    }
+  }
+
+  // Adds the sums of the second pair to those of the first, by way of the place of x in the second pair's last slot,
+  // if it had one, which only then is free. Afterwards all slots of this tile have been read.
+  __device__ __forceinline__ void exchange(int slot) {
+    float* const place = reinterpret_cast<float*>(slots_[max(slot, 0)].input) + threadIdx.x % kPairThreads;
+    if (slot >= 0 && pair_ == 1) {
+      synchronize<kPairThreads>(kOnePair);
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) place[i * kPairThreads] = sums_[i];
+    }
+    synchronize<kConsumers>(kAllConsumers);
+    if (slot >= 0 && pair_ == 0) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) sums_[i] += place[i * kPairThreads];
+      arrive(rest_.empty[slot]);
+    }
+  }
+
+  __device__ __forceinline__ void store(int first) const {
+    const int n = first + row();
+    float bias[2] = {};
+    if (arguments_.bias != nullptr) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (n + 8 * h < arguments_.rows) bias[h] = to_float(static_cast<const T*>(arguments_.bias)[n + 8 * h]);
+      }
+    }
+    store_product<T, true, kTokens>(sums_, bias[0], bias[1], static_cast<T*>(arguments_.y), 0, arguments_.m,
+                                    first + first_row_of_warp(), arguments_.rows, arguments_.is_y_aligned,
+                                    rest_.staging[threadIdx.x / 32 % (kPairThreads / 32)]);
+  }
+
+  const Arguments& arguments_;
+  const Work& work_;
+  Slot<kTokens>* slots_;
+  Rest& rest_;
+  FixedPairTable<T, kReservedBytes> table_;
+  QuadTranspose transpose_;
+  uint32_t pair_;
+  uint32_t weight_;  // shared addresses in the first slot: of the lane's 8 bytes of its row
+  uint32_t swizzle_;
+  uint32_t scales_;
+  uint32_t input_;  // low half of a descriptor
+  RingPlace<kSlots<kTokens>> place_;
+  Fragments a_[kBuffers];
+  float sums_[kTokens / 2];
+  float products_[kTokens / 2];  // not yet scaled
+};
+
+// The sums of the cluster's blocks, a share of the tile for each.
+template <typename T>
+__device__ __forceinline__ void add_sums(const Arguments& arguments, const Work& work, float* sums) {
+  constexpr int kValues = 8;
+  const auto cluster = cooperative_groups::this_cluster();
+  const int split = 1 << arguments.log2_split;
+  const bool is_aligned = arguments.is_y_aligned;
+  for (int i = work.rank * kConsumers + static_cast<int>(threadIdx.x) - kWarpgroup; i < arguments.m * (kTile / kValues);
+       i += split * kConsumers) {
+    const int token = i / (kTile / kValues);
+    const int col = i % (kTile / kValues) * kValues;
+    const int n = work.tile * kTile + col;
+    if (n >= arguments.rows) continue;
+    float total[kValues] = {};
+    for (int r = 0; r < split; ++r) {
+      const auto* const part =
+          reinterpret_cast<const float4*>(cluster.map_shared_rank(sums, r) + token * kSumStride + col);
+      const float4 low = part[0];
+      const float4 high = part[1];
+      const float values[kValues] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int j = 0; j < kValues; ++j) total[j] += values[j];
+    }
+    T* const target = static_cast<T*>(arguments.y) + int64_t{token} * arguments.rows + n;
+    __align__(16) T values[kValues];
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) {
+      const bool has_bias = arguments.bias != nullptr && n + j < arguments.rows;
+      values[j] = from_float<T>(has_bias ? total[j] + to_float(static_cast<const T*>(arguments.bias)[n + j]) : total[j]);
+    }
+    if (is_aligned) {
+      *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(values);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kValues; ++j) {
+        if (n + j < arguments.rows) target[j] = values[j];
+      }
+    }
+  }
+}
+
+template <typename T, int kTokens, bool kIsNested>
+__device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMap& weight_map,
+                                    const CUtensorMap& x_map, const CodeValues& values) {
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto* const slots = reinterpret_cast<Slot<kTokens>*>(shared_bytes + PairTable<T>::kBytes);
+  Rest& rest = *reinterpret_cast<Rest*>(slots + kSlots<kTokens>);
+  const Work work(arguments);
+  if (threadIdx.x == 0) {
+    if (shared_address(shared_bytes) % kBlockWindow != kReservedBytes) __trap();
+    for (int i = 0; i < kSlots<kTokens>; ++i) {
+      init_barrier(rest.full[i], kScaleThreads + 2);
+      init_barrier(rest.empty[i], kPairThreads);
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    limit_registers<kCopyRegisters, false>();
+    if (threadIdx.x < kScaleThreads) {
+      cudaGridDependencySynchronize();
+      copy_scales<kTokens, kIsNested>(arguments, work, slots, rest);
+    } else if (threadIdx.x < kScaleThreads + 32) {
+      cudaGridDependencySynchronize();
+      copy_x<kTokens>(arguments, x_map, work, slots, rest);
+    } else if (threadIdx.x == kScaleThreads + 32) {
+      if (arguments.is_weight_aligned) {
+        // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
+        for (int i = 0; i < min(work.count, kSlots<kTokens>); ++i) {
+          prefetch_box_to_l2(weight_map, (work.begin + i) * kRowBytes, work.tile * kTile);
+        }
+      }
+      cudaGridDependencySynchronize();
+      copy_weight<kTokens>(arguments, weight_map, work, slots, rest);
+    }
+    __syncwarp();
+    if (arguments.log2_split > 0) cooperative_groups::this_cluster().sync();
+  } else {
+    limit_registers<kRegisters, true>();
+    PairTable<T>::template fill<kConsumers>(shared_bytes, values, threadIdx.x - kWarpgroup);
+    synchronize<kConsumers>(kAllConsumers);
+    cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion();
+    Consumer<T, kTokens> consumer(arguments, work, shared_bytes, slots, rest);
+    consumer.run();
+    if (arguments.log2_split > 0) {
+      consumer.keep_sums();
+      __syncwarp();
+      cooperative_groups::this_cluster().sync();
+      add_sums<T>(arguments, work, reinterpret_cast<float*>(slots));
+      __syncwarp();
+    }
+  }
+  // The other blocks of the cluster may still read this one's sums.
+  if (arguments.log2_split > 0) cooperative_groups::this_cluster().sync();
+}
+
+#endif
+
+template <typename T, int kTokens, bool kIsNested>
+__global__ __launch_bounds__(kThreads, 1) void narrow_kernel(const __grid_constant__ Arguments arguments,
+                                                             const __grid_constant__ CUtensorMap weight_map,
+                                                             const __grid_constant__ CUtensorMap x_map,
+                                                             const __grid_constant__ CodeValues values) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  run<T, kTokens, kIsNested>(arguments, weight_map, x_map, values);
+#else
+  __trap();  // supports_narrow_sm90 lets no device here that this was not compiled for.
+#endif
+}
+
+int tokens_of(const Gemm& problem) { return problem.m <= 16 ? 16 : problem.m <= 32 ? 32 : kMaxTokens; }
+
+cudaLaunchConfig_t launch_config(int num_clusters, int split, int shared_bytes, cudaStream_t stream,
+                                 std::array<cudaLaunchAttribute, 2>& attributes) {
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = static_cast<unsigned>(split);
+  attributes[0].val.clusterDim.y = 1;
+  attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(num_clusters * split));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes.data();
+  config.numAttrs = static_cast<unsigned>(attributes.size());
+  return config;
+}
+
+
+// Clusters of `split` blocks that run at once: those of a cluster share a part of the GPU, so some multiprocessors are
+// left over.
+template <int kTokens>
+int count_clusters(const void* kernel, int split) {
+  std::array<cudaLaunchAttribute, 2> attributes = {};
+  cudaLaunchConfig_t config = launch_config(1, split, kSharedBytes<kTokens>, nullptr, attributes);
+  config.numAttrs = 1;
+  int count = 0;
+  check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
+  if (count < 1) fail(QLORA_CUDA_ERROR, "narrow: expected room for a cluster of ", split, " blocks, got none");
+  return count;
+}
+
+struct Plan {
+  int log2_split;
+  int num_clusters;
+};
+
+// The split that keeps the multiprocessors busy for the fewest steps; to add up what blocks of a cluster have costs as
+// much as a step.
+template <int kTokens>
+Plan plan_of(const Gemm& problem, const Device& device, const void* kernel) {
+  const int64_t num_tiles = ceil_div(problem.weight.rows, kTile);
+  const int64_t num_steps = ceil_div(problem.weight.cols, kStep);
+  Plan best = {};
+  int64_t least = 0;
+  for (int log2 = 0; 1 << log2 <= kMaxSplit && int64_t{1} << log2 <= num_steps; ++log2) {
+    const int most = remember(device, kernel, 1 << log2, count_clusters<kTokens>);
+    if (log2 > 0 && num_tiles > most) break;  // A cluster that splits has one tile.
+    const int64_t cost = ceil_div(num_tiles, most) * ceil_div(num_steps, int64_t{1} << log2) + (log2 > 0 ? 1 : 0);
+    if (log2 == 0 || cost < least) {
+      best = {log2, static_cast<int>(std::min<int64_t>(num_tiles, most))};
+      least = cost;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+bool supports_narrow_sm90(const Gemm& problem, const Device& device, std::string* why_not) {
+  constexpr int64_t kMaxSize = int64_t{1} << 30;
+  const qlora_weight_4bit& weight = problem.weight;
+  if (problem.direction != Direction::kForward) return refuse(why_not, "expected the forward product");
+  if (device.major != 9)
+    return refuse(why_not, "expected compute capability 9.0, got ", device.major, ".", device.minor);
+  if (problem.dtype == QLORA_FLOAT32) return refuse(why_not, "expected float16 or bfloat16");
+  if (problem.m < 1 || problem.m > kMaxTokens) return refuse(why_not, "m: expected 1 to ", kMaxTokens);
+  if (weight.block_size < kBlockCols) return refuse(why_not, "block_size: expected at least ", kBlockCols);
+  if (weight.cols < 1 || weight.cols % kBlockCols != 0)
+    return refuse(why_not, "k: expected a multiple of ", kBlockCols);
+  if (weight.rows < 1 || weight.rows > kMaxSize || weight.cols > kMaxSize)
+    return refuse(why_not, "n, k: expected 1 to 2^30");
+  if (!is_compiled_for_sm90(device, reinterpret_cast<const void*>(narrow_kernel<__half, 16, true>)))
+    return refuse(why_not, "expected a libqlora built for this GPU's architecture (QLORA_CUDA_ARCHS)");
+  return true;
+}
+
+void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream) {
+  const qlora_weight_4bit& weight = problem.weight;
+  const Format format = weight.format == QLORA_NF4 ? Format::kNF4 : Format::kFP4;
+  Arguments arguments = {};
+  arguments.packed = static_cast<const uint8_t*>(weight.packed);
+  arguments.scales = scales_of(weight);
+  arguments.x = problem.input;
+  arguments.bias = problem.bias;
+  arguments.y = problem.output;
+  arguments.m = static_cast<int>(problem.m);
+  arguments.rows = static_cast<int>(weight.rows);
+  arguments.cols = static_cast<int>(weight.cols);
+  arguments.is_weight_aligned = is_aligned(weight.packed, 16);
+  arguments.is_x_aligned = is_aligned(problem.input, 16);
+  arguments.is_y_aligned = is_aligned(problem.output, 16) && weight.rows % 8 == 0;
+  arguments.are_scales_aligned = weight.block_size == kBlockCols && weight.cols % kStep == 0 &&
+                                 is_aligned(weight.absmax_codes, 4) && is_aligned(weight.absmax, 16);
+  CUtensorMap weight_map = {};
+  if (arguments.is_weight_aligned) {
+    weight_map = describe_matrix(weight.packed, 1, kRowBytes, weight.rows, weight.cols / 2, kTile);
+  }
+  dispatch_dtype(problem.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (!std::is_same_v<T, float>) {
+      arguments.scale_factor = 1.0f / PairTable<T>::scale(format);
+      dispatch_bool(weight.absmax_codes != nullptr, [&](auto nested) {
+        dispatch_constant<16, 32, 64>("narrow_sm90", tokens_of(problem), [&](auto tokens) {
+          const auto kernel = narrow_kernel<T, tokens(), nested()>;
+          const auto* const pointer = reinterpret_cast<const void*>(kernel);
+          allow_shared_bytes(device, pointer, kSharedBytes<tokens()>);
+          const Plan plan = plan_of<tokens()>(problem, device, pointer);
+          arguments.log2_split = plan.log2_split;
+          CUtensorMap x_map = {};
+          if (arguments.is_x_aligned) x_map = describe_matrix(problem.input, 2, 128, problem.m, weight.cols, tokens());
+          std::array<cudaLaunchAttribute, 2> attributes = {};
+          const cudaLaunchConfig_t config =
+              launch_config(plan.num_clusters, 1 << plan.log2_split, kSharedBytes<tokens()>, stream, attributes);
+          check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, weight_map, x_map, PairTable<T>::values(format)),
+                     "narrow_kernel");
+        });
+      });
+    }
+  });
+}
+
+}  // namespace qlora
