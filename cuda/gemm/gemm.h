@@ -40,6 +40,7 @@ void skinny_sm80(const Gemm& problem, const Device& device, cudaStream_t stream)
 
 // narrow_sm90.cu: 1 to 64 rows of x in 16 bits, blocks of 64 and more, k a multiple of 64; forward, Hopper alone.
 bool supports_narrow_sm90(const Gemm& problem, const Device& device, std::string* why_not);
+int64_t narrow_sm90_workspace_size(const Gemm& problem, const Device& device);
 void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);
 
 // wide_sm90.cu: 1 to 256 rows of x in 16 bits, blocks of 64 and more, k a multiple of 64; forward, Hopper alone.

@@ -1,8 +1,8 @@
 // y = x W^T + bias for up to 64 rows of x on Hopper's wgmma: the weight is read once from HBM and decoded once, to the
 // registers from which the tensor cores take it as their 64-row operand; x is their column operand, kTokens columns.
 //
-//   grid     clusters of `split` blocks, a block a multiprocessor. Clusters take turns at the tiles of 128 rows of W; a
-//            block of a cluster has a range of k, in steps of 256 columns.
+//   grid     a block a multiprocessor. Blocks take turns at the items: a tile of 128 rows of W, over a part of k in
+//            steps of 256 columns
 //   slots    a ring in shared memory; a slot has a step's packed bytes, scales and columns of x
 //   copies   by warpgroup 0: warps 0 and 1 decode scales, warp 2 copies x, a lane of warp 3 the packed bytes
 //   order    the operand's layout gives a lane every fourth byte of a block of 64 columns: the quad's lanes read 8 bytes
@@ -10,13 +10,11 @@
 //   decode   a packed byte to two values through PairTable, unscaled; the products of a block of 64 are summed from
 //            zero and then scaled, in fp32
 //   work     two pairs of warpgroups, 64 rows of W each; the pairs take turns at the steps
-//   sums     pairs: in shared memory; blocks of a cluster: in distributed shared memory; in a fixed order
+//   sums     of the pairs in shared memory; of the parts, where tiles are fewer than multiprocessors, by add_parts, from
+//            fp32 parts in the workspace
 //
 // Rounding: see PairTable; fp32 sums; y.
-#include <cooperative_groups.h>
-
 #include <algorithm>
-#include <array>
 #include <cstdint>
 
 #include "cuda/device/barrier.cuh"
@@ -29,6 +27,7 @@
 #include "cuda/device/wgmma.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/gemm/gemm.h"
+#include "cuda/gemm/split.h"
 #include "cuda/gemm/step_scales.cuh"
 #include "cuda/gemm/store_product.cuh"
 #include "cuda/launch.h"
@@ -47,13 +46,11 @@ constexpr int kThreads = kWarpgroup + kConsumers;
 constexpr int kTile = kScaledRows;
 constexpr int kStep = kStepBlocks * kBlockCols;
 constexpr int kRowBytes = kStep / 2;
-constexpr int kMaxSplit = 8;  // blocks in a portable cluster
 constexpr int kMaxTokens = 64;
 constexpr int kMaxSlots = 5;
 constexpr int kCopyRegisters = 64;
 constexpr int kRegisters = 104;
 constexpr int kReservedBytes = 1024;  // of shared memory, that CUDA puts before a block's
-constexpr int kBlockWindow = 1 << 24;  // of addresses in the shared memory of a cluster
 
 template <int kTokens>
 constexpr int kSlots = kTokens == 16 ? 5 : kTokens == 32 ? 4 : 3;
@@ -76,9 +73,6 @@ template <int kTokens>
 constexpr int kSharedBytes =
     PairTable<__half>::kBytes + kSlots<kTokens> * static_cast<int>(sizeof(Slot<kTokens>)) + static_cast<int>(sizeof(Rest));
 
-// Floats between tokens of the sums that blocks of a cluster exchange: no bank conflicts.
-constexpr int kSumStride = kTile + 4;
-
 struct Arguments {
   const uint8_t* packed;
   Scales scales;
@@ -86,10 +80,11 @@ struct Arguments {
   const void* x;
   const void* bias;
   void* y;
+  float* parts;  // null: y is written
+  int num_parts;
   int m;
   int rows;  // of the weight
   int cols;
-  int log2_split;
   bool is_weight_aligned;   // packed to 16 bytes
   bool is_x_aligned;        // to 16 bytes
   bool is_y_aligned;        // rows to 16 bytes
@@ -98,75 +93,84 @@ struct Arguments {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-enum NamedBarrier { kAllScaleThreads = 1, kAllConsumers, kOnePair };  // 0 is __syncthreads
+enum NamedBarrier { kAllScaleThreads = 1, kAllConsumers, kSecondPair };  // 0 is __syncthreads
 
 template <int kCount>
 __device__ __forceinline__ void synchronize(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
 }
 
-// What a block has to do: `count` steps from `begin` on of every num_clusters-th tile from cluster_index on.
-struct Work {
-  int rank;
-  int tile;
-  int tile_step;
-  int num_tiles;
-  int begin;
-  int count;
-
-  __device__ __forceinline__ explicit Work(const Arguments& arguments) {
-    const int num_steps = (arguments.cols + kStep - 1) / kStep;
-    rank = static_cast<int>(blockIdx.x) & ((1 << arguments.log2_split) - 1);
-    tile = static_cast<int>(blockIdx.x) >> arguments.log2_split;
-    tile_step = static_cast<int>(gridDim.x) >> arguments.log2_split;
-    num_tiles = (arguments.rows + kTile - 1) / kTile;
-    begin = num_steps * rank >> arguments.log2_split;
-    count = (num_steps * (rank + 1) >> arguments.log2_split) - begin;
-  }
+struct Item {
+  int first_row;
+  int part;
+  int step_begin;
+  int step_end;
 };
 
-// Warps 0 and 1.
+// Item `index` of a block, if it has so many.
+__device__ __forceinline__ bool find_item(const Arguments& arguments, int index, Item& item) {
+  const int num_tiles = (arguments.rows + kTile - 1) / kTile;
+  const int num_steps = (arguments.cols + kStep - 1) / kStep;
+  const int place = static_cast<int>(blockIdx.x + index * gridDim.x);
+  item.first_row = place % num_tiles * kTile;
+  item.part = place / num_tiles;
+  item.step_begin = num_steps * item.part / arguments.num_parts;
+  item.step_end = num_steps * (item.part + 1) / arguments.num_parts;
+  return item.part < arguments.num_parts;
+}
+
+// f(item, step) for each step of the block's items.
+template <typename Function>
+__device__ __forceinline__ void for_each_step(const Arguments& arguments, Function&& f) {
+  Item item;
+  for (int index = 0; find_item(arguments, index, item); ++index) {
+    for (int step = item.step_begin; step < item.step_end; ++step) f(item, step);
+  }
+}
+
+// Warps 0 and 1: the scales, and the packed bytes where the tensor memory accelerator does not take them.
 template <int kTokens, bool kIsNested>
-__device__ __forceinline__ void copy_scales(const Arguments& arguments, const Work& work, Slot<kTokens>* slots,
-                                            Rest& rest) {
-  const int first_row = work.tile * kTile;
+__device__ __forceinline__ void copy_scales(const Arguments& arguments, Slot<kTokens>* slots, Rest& rest) {
+  Item first;
+  find_item(arguments, 0, first);
   StepScales<kIsNested> scales;
+  // The first bytes of all scales are asked for before those of the weight, which fill the memory's queues, ..
+  scales.prefetch(arguments, first.first_row, first.step_begin, first.step_end);
+  cudaGridDependencySynchronize();
+  // .. and all that is read first before any of it is waited for.
+  float4 codes = {};
   float nested_offset = 0.0f;
   if constexpr (kIsNested) {
-    // All that is read first is asked for before any of it is waited for.
-    const float4 codes = reinterpret_cast<const float4*>(arguments.scales.nested_code)[threadIdx.x];
+    codes = reinterpret_cast<const float4*>(arguments.scales.nested_code)[threadIdx.x];
     nested_offset = *arguments.scales.nested_offset;
-    scales.load(arguments, first_row, work.begin);
+  }
+  scales.load(arguments, first.first_row, first.step_begin);
+  if constexpr (kIsNested) {
     reinterpret_cast<float4*>(rest.nested_code)[threadIdx.x] = codes;
     synchronize<kScaleThreads>(kAllScaleThreads);
-  } else {
-    scales.load(arguments, first_row, work.begin);
   }
+  bool is_loaded = true;
   RingPlace<kSlots<kTokens>> place;
-  for (int tile = work.tile; tile < work.num_tiles; tile += work.tile_step) {
-    for (int i = 0; i < work.count; ++i) {
-      const int step = work.begin + i;
-      Slot<kTokens>& slot = slots[place.stage()];
-      wait(rest.empty[place.stage()], place.free_parity());
-      scales.store(arguments, tile * kTile, step, rest.nested_code, nested_offset, slot.scales);
-      const bool is_last = i + 1 == work.count;
-      if (!is_last || tile + work.tile_step < work.num_tiles) {
-        scales.load(arguments, (is_last ? tile + work.tile_step : tile) * kTile, is_last ? work.begin : step + 1);
+  for_each_step(arguments, [&](const Item& item, int step) {
+    Slot<kTokens>& slot = slots[place.stage()];
+    wait(rest.empty[place.stage()], place.free_parity());
+    if (!is_loaded) scales.load(arguments, item.first_row, step);
+    scales.store(arguments, item.first_row, step, rest.nested_code, nested_offset, slot.scales);
+    is_loaded = step + 1 < item.step_end;
+    if (is_loaded) scales.load(arguments, item.first_row, step + 1);
+    if (!arguments.is_weight_aligned) {
+      for (int piece = threadIdx.x; piece < kTile * 8; piece += kScaleThreads) {
+        const int row = piece / 8;
+        const int byte = step * kRowBytes + piece % 8 * 16;
+        if (byte >= arguments.cols / 2) continue;
+        const int64_t source = int64_t{min(item.first_row + row, arguments.rows - 1)} * (arguments.cols / 2) + byte;
+        *reinterpret_cast<uint4*>(slot.weight + row * kRowBytes + (piece % 8 ^ row % 8) * 16) =
+            load_16_unaligned_bytes(arguments.packed + source);
       }
-      if (!arguments.is_weight_aligned) {
-        for (int piece = threadIdx.x; piece < kTile * 8; piece += kScaleThreads) {
-          const int row = piece / 8;
-          const int byte = step * kRowBytes + piece % 8 * 16;
-          if (byte >= arguments.cols / 2) continue;
-          const int64_t source = int64_t{min(tile * kTile + row, arguments.rows - 1)} * (arguments.cols / 2) + byte;
-          *reinterpret_cast<uint4*>(slot.weight + row * kRowBytes + (piece % 8 ^ row % 8) * 16) =
-              load_16_unaligned_bytes(arguments.packed + source);
-        }
-      }
-      arrive(rest.full[place.stage()]);
-      place.advance();
     }
-  }
+    arrive(rest.full[place.stage()]);
+    place.advance();
+  });
 }
 
 // A step of x by a warp, where the tensor memory accelerator does not take it; zeros behind the last row and column.
@@ -187,51 +191,55 @@ __device__ __noinline__ void copy_x_plainly(const Arguments& arguments, int step
 
 // Warp 2: x.
 template <int kTokens>
-__device__ __forceinline__ void copy_x(const Arguments& arguments, const CUtensorMap& map, const Work& work,
-                                       Slot<kTokens>* slots, Rest& rest) {
+__device__ __forceinline__ void copy_x(const Arguments& arguments, const CUtensorMap& map, Slot<kTokens>* slots,
+                                       Rest& rest) {
   const bool is_first = threadIdx.x % 32 == 0;
   RingPlace<kSlots<kTokens>> place;
-  for (int tile = work.tile; tile < work.num_tiles; tile += work.tile_step) {
-    for (int i = 0; i < work.count; ++i) {
-      const int step = work.begin + i;
-      Slot<kTokens>& slot = slots[place.stage()];
-      Barrier& full = rest.full[place.stage()];
-      wait(rest.empty[place.stage()], place.free_parity());
-      if (!arguments.is_x_aligned) {
-        copy_x_plainly(arguments, step, slot);
-        if (is_first) arrive(full);
-      } else if (is_first) {
-        arrive_expecting(full, sizeof(slot.input));
+  for_each_step(arguments, [&](const Item&, int step) {
+    Slot<kTokens>& slot = slots[place.stage()];
+    Barrier& full = rest.full[place.stage()];
+    wait(rest.empty[place.stage()], place.free_parity());
+    if (!arguments.is_x_aligned) {
+      copy_x_plainly(arguments, step, slot);
+      if (is_first) arrive(full);
+    } else if (is_first) {
+      arrive_expecting(full, sizeof(slot.input));
 #pragma unroll
-        for (int b = 0; b < kStepBlocks; ++b) copy_box(slot.input[b], map, step * kStep + b * kBlockCols, 0, full);
-      }
-      place.advance();
+      for (int b = 0; b < kStepBlocks; ++b) copy_box(slot.input[b], map, step * kStep + b * kBlockCols, 0, full);
     }
-  }
+    place.advance();
+  });
 }
 
 // A lane of warp 3: the packed bytes.
 template <int kTokens>
-__device__ __forceinline__ void copy_weight(const Arguments& arguments, const CUtensorMap& map, const Work& work,
-                                            Slot<kTokens>* slots, Rest& rest) {
-  RingPlace<kSlots<kTokens>> place;
-  for (int tile = work.tile; tile < work.num_tiles; tile += work.tile_step) {
-    for (int i = 0; i < work.count; ++i) {
-      Slot<kTokens>& slot = slots[place.stage()];
-      Barrier& full = rest.full[place.stage()];
-      wait(rest.empty[place.stage()], place.free_parity());
-      if (arguments.is_weight_aligned) {
-        arrive_expecting(full, sizeof(slot.weight));
-        copy_box(slot.weight, map, (work.begin + i) * kRowBytes, tile * kTile, full);
-        if (const int ahead = i + kSlots<kTokens>; ahead < work.count) {
-          prefetch_box_to_l2(map, (work.begin + ahead) * kRowBytes, tile * kTile);
-        }
-      } else {
-        arrive(full);
-      }
-      place.advance();
+__device__ __forceinline__ void copy_weight(const Arguments& arguments, const CUtensorMap& map, Slot<kTokens>* slots,
+                                            Rest& rest) {
+  if (arguments.is_weight_aligned) {
+    // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
+    Item first;
+    find_item(arguments, 0, first);
+    for (int step = first.step_begin; step < min(first.step_begin + kSlots<kTokens>, first.step_end); ++step) {
+      prefetch_box_to_l2(map, step * kRowBytes, first.first_row);
     }
   }
+  cudaGridDependencySynchronize();
+  RingPlace<kSlots<kTokens>> place;
+  for_each_step(arguments, [&](const Item& item, int step) {
+    Slot<kTokens>& slot = slots[place.stage()];
+    Barrier& full = rest.full[place.stage()];
+    wait(rest.empty[place.stage()], place.free_parity());
+    if (arguments.is_weight_aligned) {
+      arrive_expecting(full, sizeof(slot.weight));
+      copy_box(slot.weight, map, step * kRowBytes, item.first_row, full);
+      if (const int ahead = step + kSlots<kTokens>; ahead < item.step_end) {
+        prefetch_box_to_l2(map, ahead * kRowBytes, item.first_row);
+      }
+    } else {
+      arrive(full);
+    }
+    place.advance();
+  });
 }
 
 // Exchanges bytes among the lanes of a quad. Lane i has bytes 8i..8i+7 of a row's 32, two words; it gets, in byte j of
@@ -271,10 +279,9 @@ using Fragments = uint32_t[4][4];  // of a lane for a block of 64 columns: 4 pro
 template <typename T, int kTokens>
 class Consumer {
  public:
-  __device__ __forceinline__ Consumer(const Arguments& arguments, const Work& work, const unsigned char* table,
-                                      Slot<kTokens>* slots, Rest& rest)
+  __device__ __forceinline__ Consumer(const Arguments& arguments, const unsigned char* table, Slot<kTokens>* slots,
+                                      Rest& rest)
       : arguments_(arguments),
-        work_(work),
         slots_(slots),
         rest_(rest),
         table_(table),
@@ -287,33 +294,23 @@ class Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    int next = static_cast<int>(pair_);  // Steps are counted through all tiles; this pair's next.
+    int next = static_cast<int>(pair_);  // Steps are counted through all items; this pair's next.
     int end = 0;
-    for (int tile = work_.tile; tile < work_.num_tiles; tile += work_.tile_step) {
+    Item item;
+    for (int index = 0; find_item(arguments_, index, item); ++index) {
 #pragma unroll
       for (float& sum : sums_) sum = 0.0f;
-      const bool has_two = work_.count > 1 || end % 2 == 1;  // the second pair has a step
-      end += work_.count;
+      const int begin = end;
+      end += item.step_end - item.step_begin;
 #pragma unroll 1
       for (; next < end; next += kPairs) {
         multiply_step();
         if (pair_ == 0 || next + kPairs < end) arrive(rest_.empty[place_.stage()]);  // The last: see exchange.
         place_.advance(kPairs);
       }
-      exchange(has_two ? ((end - 2) | 1) % kSlots<kTokens> : -1);
-      if (pair_ == 0 && arguments_.log2_split == 0) store(tile * kTile);
-    }
-  }
-
-  // The sums, for the cluster, where all has been read.
-  __device__ __forceinline__ void keep_sums() const {
-    if (pair_ == 1) return;
-    synchronize<kPairThreads>(kOnePair);
-    float* const sums = reinterpret_cast<float*>(slots_);
-#pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) {
-      const int token = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
-      sums[token * kSumStride + row() + i % 4 / 2 * 8] = sums_[i];
+      const int last_of_second = (end - 2) | 1;
+      if (last_of_second >= begin) exchange(last_of_second % kSlots<kTokens>);
+      if (pair_ == 0) store(item);
     }
   }
 
@@ -382,24 +379,25 @@ class Consumer {
   }
 
   // Adds the sums of the second pair to those of the first, by way of the place of x in the second pair's last slot,
-  // if it had one, which only then is free. Afterwards all slots of this tile have been read.
+  // which only then is free.
   __device__ __forceinline__ void exchange(int slot) {
-    float* const place = reinterpret_cast<float*>(slots_[max(slot, 0)].input) + threadIdx.x % kPairThreads;
-    if (slot >= 0 && pair_ == 1) {
-      synchronize<kPairThreads>(kOnePair);
+    float* const place = reinterpret_cast<float*>(slots_[slot].input) + threadIdx.x % kPairThreads;
+    if (pair_ == 1) {
+      synchronize<kPairThreads>(kSecondPair);
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) place[i * kPairThreads] = sums_[i];
     }
     synchronize<kConsumers>(kAllConsumers);
-    if (slot >= 0 && pair_ == 0) {
+    if (pair_ == 0) {
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums_[i] += place[i * kPairThreads];
       arrive(rest_.empty[slot]);
     }
   }
 
-  __device__ __forceinline__ void store(int first) const {
-    const int n = first + row();
+  __device__ __forceinline__ void store(const Item& item) const {
+    if (arguments_.parts != nullptr) return store_part(item);
+    const int n = item.first_row + row();
     float bias[2] = {};
     if (arguments_.bias != nullptr) {
 #pragma unroll
@@ -408,12 +406,22 @@ class Consumer {
       }
     }
     store_product<T, true, kTokens>(sums_, bias[0], bias[1], static_cast<T*>(arguments_.y), 0, arguments_.m,
-                                    first + first_row_of_warp(), arguments_.rows, arguments_.is_y_aligned,
+                                    item.first_row + first_row_of_warp(), arguments_.rows, arguments_.is_y_aligned,
                                     rest_.staging[threadIdx.x / 32 % (kPairThreads / 32)]);
   }
 
+  __device__ __forceinline__ void store_part(const Item& item) const {
+    const int n = item.first_row + row();
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int token = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+      const int col = n + i % 4 / 2 * 8;
+      if (token >= arguments_.m || col >= arguments_.rows) continue;
+      arguments_.parts[(int64_t{item.part} * arguments_.m + token) * arguments_.rows + col] = sums_[i];
+    }
+  }
+
   const Arguments& arguments_;
-  const Work& work_;
   Slot<kTokens>* slots_;
   Rest& rest_;
   FixedPairTable<T, kReservedBytes> table_;
@@ -429,56 +437,14 @@ class Consumer {
   float products_[kTokens / 2];  // not yet scaled
 };
 
-// The sums of the cluster's blocks, a share of the tile for each.
-template <typename T>
-__device__ __forceinline__ void add_sums(const Arguments& arguments, const Work& work, float* sums) {
-  constexpr int kValues = 8;
-  const auto cluster = cooperative_groups::this_cluster();
-  const int split = 1 << arguments.log2_split;
-  const bool is_aligned = arguments.is_y_aligned;
-  for (int i = work.rank * kConsumers + static_cast<int>(threadIdx.x) - kWarpgroup; i < arguments.m * (kTile / kValues);
-       i += split * kConsumers) {
-    const int token = i / (kTile / kValues);
-    const int col = i % (kTile / kValues) * kValues;
-    const int n = work.tile * kTile + col;
-    if (n >= arguments.rows) continue;
-    float total[kValues] = {};
-    for (int r = 0; r < split; ++r) {
-      const auto* const part =
-          reinterpret_cast<const float4*>(cluster.map_shared_rank(sums, r) + token * kSumStride + col);
-      const float4 low = part[0];
-      const float4 high = part[1];
-      const float values[kValues] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-      for (int j = 0; j < kValues; ++j) total[j] += values[j];
-    }
-    T* const target = static_cast<T*>(arguments.y) + int64_t{token} * arguments.rows + n;
-    __align__(16) T values[kValues];
-#pragma unroll
-    for (int j = 0; j < kValues; ++j) {
-      const bool has_bias = arguments.bias != nullptr && n + j < arguments.rows;
-      values[j] = from_float<T>(has_bias ? total[j] + to_float(static_cast<const T*>(arguments.bias)[n + j]) : total[j]);
-    }
-    if (is_aligned) {
-      *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(values);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kValues; ++j) {
-        if (n + j < arguments.rows) target[j] = values[j];
-      }
-    }
-  }
-}
-
 template <typename T, int kTokens, bool kIsNested>
 __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMap& weight_map,
                                     const CUtensorMap& x_map, const CodeValues& values) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto* const slots = reinterpret_cast<Slot<kTokens>*>(shared_bytes + PairTable<T>::kBytes);
   Rest& rest = *reinterpret_cast<Rest*>(slots + kSlots<kTokens>);
-  const Work work(arguments);
   if (threadIdx.x == 0) {
-    if (shared_address(shared_bytes) % kBlockWindow != kReservedBytes) __trap();
+    if (shared_address(shared_bytes) != kReservedBytes) __trap();
     for (int i = 0; i < kSlots<kTokens>; ++i) {
       init_barrier(rest.full[i], kScaleThreads + 2);
       init_barrier(rest.empty[i], kPairThreads);
@@ -489,41 +455,21 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
   if (threadIdx.x < kWarpgroup) {
     limit_registers<kCopyRegisters, false>();
     if (threadIdx.x < kScaleThreads) {
-      cudaGridDependencySynchronize();
-      copy_scales<kTokens, kIsNested>(arguments, work, slots, rest);
+      copy_scales<kTokens, kIsNested>(arguments, slots, rest);
     } else if (threadIdx.x < kScaleThreads + 32) {
       cudaGridDependencySynchronize();
-      copy_x<kTokens>(arguments, x_map, work, slots, rest);
+      copy_x<kTokens>(arguments, x_map, slots, rest);
     } else if (threadIdx.x == kScaleThreads + 32) {
-      if (arguments.is_weight_aligned) {
-        // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
-        for (int i = 0; i < min(work.count, kSlots<kTokens>); ++i) {
-          prefetch_box_to_l2(weight_map, (work.begin + i) * kRowBytes, work.tile * kTile);
-        }
-      }
-      cudaGridDependencySynchronize();
-      copy_weight<kTokens>(arguments, weight_map, work, slots, rest);
+      copy_weight<kTokens>(arguments, weight_map, slots, rest);
     }
-    __syncwarp();
-    if (arguments.log2_split > 0) cooperative_groups::this_cluster().sync();
   } else {
     limit_registers<kRegisters, true>();
     PairTable<T>::template fill<kConsumers>(shared_bytes, values, threadIdx.x - kWarpgroup);
     synchronize<kConsumers>(kAllConsumers);
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion();
-    Consumer<T, kTokens> consumer(arguments, work, shared_bytes, slots, rest);
-    consumer.run();
-    if (arguments.log2_split > 0) {
-      consumer.keep_sums();
-      __syncwarp();
-      cooperative_groups::this_cluster().sync();
-      add_sums<T>(arguments, work, reinterpret_cast<float*>(slots));
-      __syncwarp();
-    }
+    Consumer<T, kTokens>(arguments, shared_bytes, slots, rest).run();
   }
-  // The other blocks of the cluster may still read this one's sums.
-  if (arguments.log2_split > 0) cooperative_groups::this_cluster().sync();
 }
 
 #endif
@@ -542,61 +488,9 @@ __global__ __launch_bounds__(kThreads, 1) void narrow_kernel(const __grid_consta
 
 int tokens_of(const Gemm& problem) { return problem.m <= 16 ? 16 : problem.m <= 32 ? 32 : kMaxTokens; }
 
-cudaLaunchConfig_t launch_config(int num_clusters, int split, int shared_bytes, cudaStream_t stream,
-                                 std::array<cudaLaunchAttribute, 2>& attributes) {
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = static_cast<unsigned>(split);
-  attributes[0].val.clusterDim.y = 1;
-  attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(num_clusters * split));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = attributes.data();
-  config.numAttrs = static_cast<unsigned>(attributes.size());
-  return config;
-}
-
-
-// Clusters of `split` blocks that run at once: those of a cluster share a part of the GPU, so some multiprocessors are
-// left over.
-template <int kTokens>
-int count_clusters(const void* kernel, int split) {
-  std::array<cudaLaunchAttribute, 2> attributes = {};
-  cudaLaunchConfig_t config = launch_config(1, split, kSharedBytes<kTokens>, nullptr, attributes);
-  config.numAttrs = 1;
-  int count = 0;
-  check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
-  if (count < 1) fail(QLORA_CUDA_ERROR, "narrow: expected room for a cluster of ", split, " blocks, got none");
-  return count;
-}
-
-struct Plan {
-  int log2_split;
-  int num_clusters;
-};
-
-// The split that keeps the multiprocessors busy for the fewest steps; to add up what blocks of a cluster have costs as
-// much as a step.
-template <int kTokens>
-Plan plan_of(const Gemm& problem, const Device& device, const void* kernel) {
-  const int64_t num_tiles = ceil_div(problem.weight.rows, kTile);
-  const int64_t num_steps = ceil_div(problem.weight.cols, kStep);
-  Plan best = {};
-  int64_t least = 0;
-  for (int log2 = 0; 1 << log2 <= kMaxSplit && int64_t{1} << log2 <= num_steps; ++log2) {
-    const int most = remember(device, kernel, 1 << log2, count_clusters<kTokens>);
-    if (log2 > 0 && num_tiles > most) break;  // A cluster that splits has one tile.
-    const int64_t cost = ceil_div(num_tiles, most) * ceil_div(num_steps, int64_t{1} << log2) + (log2 > 0 ? 1 : 0);
-    if (log2 == 0 || cost < least) {
-      best = {log2, static_cast<int>(std::min<int64_t>(num_tiles, most))};
-      least = cost;
-    }
-  }
-  return best;
+int num_parts_of(const Gemm& problem, const Device& device) {
+  return best_num_parts(ceil_div(problem.weight.rows, kTile), ceil_div(problem.weight.cols, kStep),
+                        device.num_multiprocessors);
 }
 
 }  // namespace
@@ -619,6 +513,11 @@ bool supports_narrow_sm90(const Gemm& problem, const Device& device, std::string
   return true;
 }
 
+int64_t narrow_sm90_workspace_size(const Gemm& problem, const Device& device) {
+  const int parts = num_parts_of(problem, device);
+  return parts == 1 ? 0 : parts * problem.m * problem.weight.rows * static_cast<int64_t>(sizeof(float));
+}
+
 void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream) {
   const qlora_weight_4bit& weight = problem.weight;
   const Format format = weight.format == QLORA_NF4 ? Format::kNF4 : Format::kFP4;
@@ -628,6 +527,8 @@ void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream)
   arguments.x = problem.input;
   arguments.bias = problem.bias;
   arguments.y = problem.output;
+  arguments.num_parts = num_parts_of(problem, device);
+  arguments.parts = arguments.num_parts == 1 ? nullptr : static_cast<float*>(problem.workspace);
   arguments.m = static_cast<int>(problem.m);
   arguments.rows = static_cast<int>(weight.rows);
   arguments.cols = static_cast<int>(weight.cols);
@@ -649,19 +550,29 @@ void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream)
           const auto kernel = narrow_kernel<T, tokens(), nested()>;
           const auto* const pointer = reinterpret_cast<const void*>(kernel);
           allow_shared_bytes(device, pointer, kSharedBytes<tokens()>);
-          const Plan plan = plan_of<tokens()>(problem, device, pointer);
-          arguments.log2_split = plan.log2_split;
           CUtensorMap x_map = {};
           if (arguments.is_x_aligned) x_map = describe_matrix(problem.input, 2, 128, problem.m, weight.cols, tokens());
-          std::array<cudaLaunchAttribute, 2> attributes = {};
-          const cudaLaunchConfig_t config =
-              launch_config(plan.num_clusters, 1 << plan.log2_split, kSharedBytes<tokens()>, stream, attributes);
+          cudaLaunchAttribute attribute = {};
+          attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+          attribute.val.programmaticStreamSerializationAllowed = 1;
+          cudaLaunchConfig_t config = {};
+          config.gridDim = dim3(grid_size(ceil_div(weight.rows, kTile) * arguments.num_parts, 1,
+                                          device.num_multiprocessors));
+          config.blockDim = dim3(kThreads);
+          config.dynamicSmemBytes = kSharedBytes<tokens()>;
+          config.stream = stream;
+          config.attrs = &attribute;
+          config.numAttrs = 1;
           check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, weight_map, x_map, PairTable<T>::values(format)),
                      "narrow_kernel");
         });
       });
     }
   });
+  if (arguments.num_parts > 1) {
+    add_parts(arguments.parts, arguments.num_parts, problem.m, weight.rows, problem.bias, problem.output,
+              problem.dtype, device, stream);
+  }
 }
 
 }  // namespace qlora
