@@ -48,6 +48,7 @@ constexpr int kStep = kStepBlocks * kBlockCols;
 constexpr int kRowBytes = kStep / 2;
 constexpr int kMaxTokens = 64;
 constexpr int kMaxSlots = 5;
+constexpr int kFirstSteps = 2;  // whose bytes are asked for at once; more would keep the memory from the first scales
 constexpr int kCopyRegisters = 64;
 constexpr int kRegisters = 104;
 constexpr int kReservedBytes = 1024;  // of shared memory, that CUDA puts before a block's
@@ -67,6 +68,7 @@ struct Rest {
   float nested_code[256];
   Barrier full[kMaxSlots];
   Barrier empty[kMaxSlots];
+  Barrier started;  // the first scales are there
   unsigned char staging[kPairThreads / 32][kStoreBytes];
 };
 template <int kTokens>
@@ -82,6 +84,8 @@ struct Arguments {
   void* y;
   float* parts;  // null: y is written
   int num_parts;
+  int num_tiles;
+  int num_steps;
   int m;
   int rows;  // of the weight
   int cols;
@@ -93,11 +97,16 @@ struct Arguments {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-enum NamedBarrier { kAllScaleThreads = 1, kAllConsumers, kSecondPair };  // 0 is __syncthreads
+enum NamedBarrier { kAllThreads, kAllScaleThreads, kInputWarps, kAllConsumers, kSecondPair };
 
 template <int kCount>
 __device__ __forceinline__ void synchronize(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
+}
+
+template <int kCount>
+__device__ __forceinline__ void arrive_at(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
 }
 
 struct Item {
@@ -109,13 +118,11 @@ struct Item {
 
 // Item `index` of a block, if it has so many.
 __device__ __forceinline__ bool find_item(const Arguments& arguments, int index, Item& item) {
-  const int num_tiles = (arguments.rows + kTile - 1) / kTile;
-  const int num_steps = (arguments.cols + kStep - 1) / kStep;
   const int place = static_cast<int>(blockIdx.x + index * gridDim.x);
-  item.first_row = place % num_tiles * kTile;
-  item.part = place / num_tiles;
-  item.step_begin = num_steps * item.part / arguments.num_parts;
-  item.step_end = num_steps * (item.part + 1) / arguments.num_parts;
+  item.first_row = place % arguments.num_tiles * kTile;
+  item.part = place / arguments.num_tiles;
+  item.step_begin = arguments.num_steps * item.part / arguments.num_parts;
+  item.step_end = arguments.num_steps * (item.part + 1) / arguments.num_parts;
   return item.part < arguments.num_parts;
 }
 
@@ -134,22 +141,22 @@ __device__ __forceinline__ void copy_scales(const Arguments& arguments, Slot<kTo
   Item first;
   find_item(arguments, 0, first);
   StepScales<kIsNested> scales;
-  // The first bytes of all scales are asked for before those of the weight, which fill the memory's queues, ..
-  scales.prefetch(arguments, first.first_row, first.step_begin, first.step_end);
   cudaGridDependencySynchronize();
-  // .. and all that is read first before any of it is waited for.
+  // All that is read first is asked for before any of it is waited for.
   float4 codes = {};
   float nested_offset = 0.0f;
+  scales.load(arguments, first.first_row, first.step_begin);
   if constexpr (kIsNested) {
     codes = reinterpret_cast<const float4*>(arguments.scales.nested_code)[threadIdx.x];
     nested_offset = *arguments.scales.nested_offset;
   }
-  scales.load(arguments, first.first_row, first.step_begin);
+  synchronize<kThreads>(kAllThreads);
   if constexpr (kIsNested) {
     reinterpret_cast<float4*>(rest.nested_code)[threadIdx.x] = codes;
     synchronize<kScaleThreads>(kAllScaleThreads);
   }
   bool is_loaded = true;
+  bool is_first = true;
   RingPlace<kSlots<kTokens>> place;
   for_each_step(arguments, [&](const Item& item, int step) {
     Slot<kTokens>& slot = slots[place.stage()];
@@ -169,6 +176,8 @@ __device__ __forceinline__ void copy_scales(const Arguments& arguments, Slot<kTo
       }
     }
     arrive(rest.full[place.stage()]);
+    if (is_first) arrive(rest.started);
+    is_first = false;
     place.advance();
   });
 }
@@ -219,15 +228,17 @@ __device__ __forceinline__ void copy_weight(const Arguments& arguments, const CU
     // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
     Item first;
     find_item(arguments, 0, first);
-    for (int step = first.step_begin; step < min(first.step_begin + kSlots<kTokens>, first.step_end); ++step) {
+    for (int step = first.step_begin; step < min(first.step_begin + kFirstSteps, first.step_end); ++step) {
       prefetch_box_to_l2(map, step * kRowBytes, first.first_row);
     }
   }
   cudaGridDependencySynchronize();
+  int count = 0;
   RingPlace<kSlots<kTokens>> place;
   for_each_step(arguments, [&](const Item& item, int step) {
     Slot<kTokens>& slot = slots[place.stage()];
     Barrier& full = rest.full[place.stage()];
+    if (count++ == kFirstSteps) wait(rest.started, 0);
     wait(rest.empty[place.stage()], place.free_parity());
     if (arguments.is_weight_aligned) {
       arrive_expecting(full, sizeof(slot.weight));
@@ -443,29 +454,33 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto* const slots = reinterpret_cast<Slot<kTokens>*>(shared_bytes + PairTable<T>::kBytes);
   Rest& rest = *reinterpret_cast<Rest*>(slots + kSlots<kTokens>);
-  if (threadIdx.x == 0) {
-    if (shared_address(shared_bytes) != kReservedBytes) __trap();
-    for (int i = 0; i < kSlots<kTokens>; ++i) {
-      init_barrier(rest.full[i], kScaleThreads + 2);
-      init_barrier(rest.empty[i], kPairThreads);
-    }
-    publish_barriers();
-  }
-  __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     limit_registers<kCopyRegisters, false>();
     if (threadIdx.x < kScaleThreads) {
       copy_scales<kTokens, kIsNested>(arguments, slots, rest);
-    } else if (threadIdx.x < kScaleThreads + 32) {
-      cudaGridDependencySynchronize();
-      copy_x<kTokens>(arguments, x_map, slots, rest);
-    } else if (threadIdx.x == kScaleThreads + 32) {
-      copy_weight<kTokens>(arguments, weight_map, slots, rest);
+    } else {
+      if (threadIdx.x == kScaleThreads + 32) {
+        if (shared_address(shared_bytes) != kReservedBytes) __trap();
+        for (int i = 0; i < kSlots<kTokens>; ++i) {
+          init_barrier(rest.full[i], kScaleThreads + 2);
+          init_barrier(rest.empty[i], kPairThreads);
+        }
+        init_barrier(rest.started, kScaleThreads);
+        publish_barriers();
+      }
+      synchronize<2 * 32>(kInputWarps);
+      arrive_at<kThreads>(kAllThreads);
+      if (threadIdx.x < kScaleThreads + 32) {
+        cudaGridDependencySynchronize();
+        copy_x<kTokens>(arguments, x_map, slots, rest);
+      } else if (threadIdx.x == kScaleThreads + 32) {
+        copy_weight<kTokens>(arguments, weight_map, slots, rest);
+      }
     }
   } else {
     limit_registers<kRegisters, true>();
     PairTable<T>::template fill<kConsumers>(shared_bytes, values, threadIdx.x - kWarpgroup);
-    synchronize<kConsumers>(kAllConsumers);
+    synchronize<kThreads>(kAllThreads);
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion();
     Consumer<T, kTokens>(arguments, shared_bytes, slots, rest).run();
@@ -528,6 +543,8 @@ void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream)
   arguments.bias = problem.bias;
   arguments.y = problem.output;
   arguments.num_parts = num_parts_of(problem, device);
+  arguments.num_tiles = static_cast<int>(ceil_div(weight.rows, kTile));
+  arguments.num_steps = static_cast<int>(ceil_div(weight.cols, kStep));
   arguments.parts = arguments.num_parts == 1 ? nullptr : static_cast<float*>(problem.workspace);
   arguments.m = static_cast<int>(problem.m);
   arguments.rows = static_cast<int>(weight.rows);

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "cuda/device/copy_async.cuh"
 #include "cuda/device/scales.cuh"
 
 namespace qlora {
@@ -22,28 +21,6 @@ inline constexpr int kScaleThreads = 64;
 template <bool kIsNested>
 class StepScales {
  public:
-  // Into L2, the lines of these steps, with what all scales share.
-  template <typename Arguments>
-  __device__ __forceinline__ void prefetch(const Arguments& arguments, int first, int step_begin, int step_end) const {
-    if (!arguments.are_scales_aligned) return;
-    const Scales& scales = arguments.scales;
-    if (kIsNested && threadIdx.x < 8) prefetch_line_to_l2(scales.nested_code + threadIdx.x * 32);
-    if (kIsNested && threadIdx.x == 8) prefetch_line_to_l2(scales.nested_offset);
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int64_t begin = block(arguments, row(arguments, first, i), step_begin);
-      const int64_t end = block(arguments, row(arguments, first, i), step_end);
-      if constexpr (kIsNested) {
-        prefetch_line_to_l2(scales.nested_absmax + begin / kNestedBlockSize);
-        for (int64_t b = begin; b < end; b += 128) prefetch_line_to_l2(scales.codes + b);
-        prefetch_line_to_l2(scales.codes + end - 1);
-      } else {
-        for (int64_t b = begin; b < end; b += 32) prefetch_line_to_l2(scales.absmax + b);
-        prefetch_line_to_l2(scales.absmax + end - 1);
-      }
-    }
-  }
-
   template <typename Arguments>
   __device__ __forceinline__ void load(const Arguments& arguments, int first, int step) {
     if (!arguments.are_scales_aligned) return;
