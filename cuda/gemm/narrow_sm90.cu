@@ -64,12 +64,12 @@ struct Slot {
 };
 
 // Shared memory: the pair table, the slots, this.
-struct Rest {
+struct alignas(16) Rest {
   float nested_code[256];
   Barrier full[kMaxSlots];
   Barrier empty[kMaxSlots];
   Barrier started;  // the first scales are there
-  unsigned char staging[kPairThreads / 32][kStoreBytes];
+  alignas(16) unsigned char staging[kPairThreads / 32][kStoreBytes];
 };
 template <int kTokens>
 constexpr int kSharedBytes =
