@@ -48,6 +48,7 @@ constexpr int kStep = kStepBlocks * kBlockCols;
 constexpr int kRowBytes = kStep / 2;
 constexpr int kMaxTokens = 64;
 constexpr int kMaxSlots = 5;
+constexpr int kPrefetchSteps = 4;
 constexpr int kFirstSteps = 2;  // whose bytes are asked for at once; more would keep the memory from the first scales
 constexpr int kCopyRegisters = 64;
 constexpr int kRegisters = 104;
@@ -97,7 +98,7 @@ struct Arguments {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-enum NamedBarrier { kAllThreads, kAllScaleThreads, kInputWarps, kAllConsumers, kSecondPair };
+enum NamedBarrier { kAllThreads, kAllScaleThreads, kCopyWarps, kAllConsumers, kSecondPair };
 
 template <int kCount>
 __device__ __forceinline__ void synchronize(int barrier) {
@@ -150,7 +151,8 @@ __device__ __forceinline__ void copy_scales(const Arguments& arguments, Slot<kTo
     codes = reinterpret_cast<const float4*>(arguments.scales.nested_code)[threadIdx.x];
     nested_offset = *arguments.scales.nested_offset;
   }
-  synchronize<kThreads>(kAllThreads);
+  synchronize<kWarpgroup>(kCopyWarps);
+  arrive_at<kThreads>(kAllThreads);
   if constexpr (kIsNested) {
     reinterpret_cast<float4*>(rest.nested_code)[threadIdx.x] = codes;
     synchronize<kScaleThreads>(kAllScaleThreads);
@@ -220,34 +222,46 @@ __device__ __forceinline__ void copy_x(const Arguments& arguments, const CUtenso
   });
 }
 
-// A lane of warp 3: the packed bytes.
+// Into L2, by a warp, the packed bytes of these steps of an item: of each row in one piece, since what is fetched from a
+// page of memory at once costs least.
+__device__ __forceinline__ void prefetch_weight(const Arguments& arguments, const Item& item, int begin, int end) {
+  const int row_bytes = arguments.cols / 2;
+  const int first_byte = begin * kRowBytes;
+  const int count = min(min(end, item.step_end) * kRowBytes, row_bytes) - first_byte;
+  if (!arguments.is_weight_aligned || count <= 0) return;
+#pragma unroll
+  for (int i = 0; i < kTile / 32; ++i) {
+    const int row = item.first_row + i * 32 + static_cast<int>(threadIdx.x) % 32;
+    if (row < arguments.rows) prefetch_to_l2(arguments.packed + int64_t{row} * row_bytes + first_byte, count);
+  }
+}
+
+// Warp 3: the packed bytes.
 template <int kTokens>
 __device__ __forceinline__ void copy_weight(const Arguments& arguments, const CUtensorMap& map, Slot<kTokens>* slots,
                                             Rest& rest) {
-  if (arguments.is_weight_aligned) {
-    // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
-    Item first;
-    find_item(arguments, 0, first);
-    for (int step = first.step_begin; step < min(first.step_begin + kFirstSteps, first.step_end); ++step) {
-      prefetch_box_to_l2(map, step * kRowBytes, first.first_row);
-    }
-  }
   cudaGridDependencySynchronize();
   int count = 0;
   RingPlace<kSlots<kTokens>> place;
   for_each_step(arguments, [&](const Item& item, int step) {
     Slot<kTokens>& slot = slots[place.stage()];
     Barrier& full = rest.full[place.stage()];
-    if (count++ == kFirstSteps) wait(rest.started, 0);
+    if (count == kFirstSteps) wait(rest.started, 0);
+    const int done = step - item.step_begin;
+    if (count == kFirstSteps) prefetch_weight(arguments, item, step, step + 2 * kPrefetchSteps - kFirstSteps);
+    if (done == 0 && count > 0) prefetch_weight(arguments, item, step, step + 2 * kPrefetchSteps);
+    if (done > 0 && done % kPrefetchSteps == 0) {
+      prefetch_weight(arguments, item, step + kPrefetchSteps, step + 2 * kPrefetchSteps);
+    }
+    ++count;
     wait(rest.empty[place.stage()], place.free_parity());
-    if (arguments.is_weight_aligned) {
-      arrive_expecting(full, sizeof(slot.weight));
-      copy_box(slot.weight, map, step * kRowBytes, item.first_row, full);
-      if (const int ahead = step + kSlots<kTokens>; ahead < item.step_end) {
-        prefetch_box_to_l2(map, ahead * kRowBytes, item.first_row);
+    if (threadIdx.x % 32 == 0) {
+      if (arguments.is_weight_aligned) {
+        arrive_expecting(full, sizeof(slot.weight));
+        copy_box(slot.weight, map, step * kRowBytes, item.first_row, full);
+      } else {
+        arrive(full);
       }
-    } else {
-      arrive(full);
     }
     place.advance();
   });
@@ -326,7 +340,8 @@ class Consumer {
   }
 
  private:
-  static constexpr int kBuffers = kTokens == 64 ? 1 : 2;  // with 2 the next block is decoded while products run
+  static constexpr int kCols = kTokens < 32 ? kTokens : 32;  // of a product
+  static constexpr int kHalves = kTokens / kCols;
 
   static __device__ __forceinline__ int warpgroup() { return threadIdx.x / kWarpgroup - 1; }
   static __device__ __forceinline__ int first_row_of_warp() {
@@ -339,20 +354,19 @@ class Consumer {
     return first_row_of_warp() + group % 4 * 2 + group / 4;
   }
 
+  // Row group + 8 kHalf of the warp's 16.
+  template <int kHalf>
   __device__ __forceinline__ void decode(uint32_t slot, int block, Fragments& a) const {
-    const uint32_t source = weight_ + slot + ((block * 32) ^ swizzle_);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint2 words = transpose_(load_shared_8_bytes(source + h * 8 * kRowBytes));
-      a[0][h] = table_.template pair<0>(words.x);
-      a[0][2 + h] = table_.template pair<0>(words.y);
-      a[1][h] = table_.template pair<1>(words.x);
-      a[1][2 + h] = table_.template pair<1>(words.y);
-      a[2][h] = table_.template pair<2>(words.x);
-      a[2][2 + h] = table_.template pair<2>(words.y);
-      a[3][h] = table_.template pair<3>(words.x);
-      a[3][2 + h] = table_.template pair<3>(words.y);
-    }
+    const uint32_t source = weight_ + slot + ((block * 32) ^ swizzle_) + kHalf * 8 * kRowBytes;
+    const uint2 words = transpose_(load_shared_8_bytes(source));
+    a[0][kHalf] = table_.template pair<0>(words.x);
+    a[0][2 + kHalf] = table_.template pair<0>(words.y);
+    a[1][kHalf] = table_.template pair<1>(words.x);
+    a[1][2 + kHalf] = table_.template pair<1>(words.y);
+    a[2][kHalf] = table_.template pair<2>(words.x);
+    a[2][2 + kHalf] = table_.template pair<2>(words.y);
+    a[3][kHalf] = table_.template pair<3>(words.x);
+    a[3][2 + kHalf] = table_.template pair<3>(words.y);
   }
 
   static __device__ __forceinline__ uint64_t plus(uint32_t descriptor, uint32_t offset) {
@@ -363,28 +377,36 @@ class Consumer {
     const uint32_t slot = place_.stage() * static_cast<uint32_t>(sizeof(Slot<kTokens>));
     wait(rest_.full[place_.stage()], place_.parity());
     const uint32_t input = __shfl_sync(0xFFFFFFFFu, input_ + slot / 16, 0);
-    decode(slot, 0, a_[0]);
+    decode<0>(slot, 0, a_[0]);
+    decode<1>(slot, 0, a_[0]);
 #pragma unroll
     for (int b = 0; b < kStepBlocks; ++b) {
-      fence_registers();
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        multiply<T, kTokens>(products_, a_[b % kBuffers][j],
-                             plus(input, b * (kTokens * kBlockCols * 2 / 16) + j * kProductStep), j > 0);
-      }
-      commit_products();
-      if (kBuffers == 2 && b + 1 < kStepBlocks) decode(slot, b + 1, a_[(b + 1) % 2]);
       const float scale_low = load_shared_float(scales_ + slot + b * 4);
       const float scale_high = load_shared_float(scales_ + slot + (8 * kStepBlocks + b) * 4);
-      wait_for_products<0>();
-      hold_registers(products_);
-      if (kBuffers == 1 && b + 1 < kStepBlocks) decode(slot, b + 1, a_[0]);
+      Fragments& next = a_[(b + 1) % 2];
 #pragma unroll
-      for (int c = 0; c < kTokens / 8; ++c) {
-        sums_[4 * c] = fmaf(scale_low, products_[4 * c], sums_[4 * c]);
-        sums_[4 * c + 1] = fmaf(scale_low, products_[4 * c + 1], sums_[4 * c + 1]);
-        sums_[4 * c + 2] = fmaf(scale_high, products_[4 * c + 2], sums_[4 * c + 2]);
-        sums_[4 * c + 3] = fmaf(scale_high, products_[4 * c + 3], sums_[4 * c + 3]);
+      for (int half = 0; half < kHalves; ++half) {
+        fence_registers();
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          multiply<T, kCols>(products_, a_[b % 2][j],
+                             plus(input, (b * kTokens + half * kCols) * (kBlockCols * 2 / 16) + j * kProductStep),
+                             j > 0);
+        }
+        commit_products();
+        // The next block, while the tensor cores work.
+        if (b + 1 < kStepBlocks && half == 0) decode<0>(slot, b + 1, next);
+        if (b + 1 < kStepBlocks && half == kHalves - 1) decode<1>(slot, b + 1, next);
+        wait_for_products<0>();
+        hold_registers(products_);
+        float* const sums = sums_ + half * (kCols / 2);
+#pragma unroll
+        for (int c = 0; c < kCols / 8; ++c) {
+          sums[4 * c] = fmaf(scale_low, products_[4 * c], sums[4 * c]);
+          sums[4 * c + 1] = fmaf(scale_low, products_[4 * c + 1], sums[4 * c + 1]);
+          sums[4 * c + 2] = fmaf(scale_high, products_[4 * c + 2], sums[4 * c + 2]);
+          sums[4 * c + 3] = fmaf(scale_high, products_[4 * c + 3], sums[4 * c + 3]);
+        }
       }
     }
   }
@@ -443,9 +465,9 @@ class Consumer {
   uint32_t scales_;
   uint32_t input_;  // low half of a descriptor
   RingPlace<kSlots<kTokens>> place_;
-  Fragments a_[kBuffers];
+  Fragments a_[2];
   float sums_[kTokens / 2];
-  float products_[kTokens / 2];  // not yet scaled
+  float products_[kCols / 2];  // not yet scaled
 };
 
 template <typename T, int kTokens, bool kIsNested>
@@ -458,8 +480,17 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
     limit_registers<kCopyRegisters, false>();
     if (threadIdx.x < kScaleThreads) {
       copy_scales<kTokens, kIsNested>(arguments, slots, rest);
+    } else if (threadIdx.x < kScaleThreads + 32) {
+      synchronize<kWarpgroup>(kCopyWarps);
+      arrive_at<kThreads>(kAllThreads);
+      cudaGridDependencySynchronize();
+      copy_x<kTokens>(arguments, x_map, slots, rest);
     } else {
-      if (threadIdx.x == kScaleThreads + 32) {
+      // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
+      Item first;
+      find_item(arguments, 0, first);
+      prefetch_weight(arguments, first, first.step_begin, first.step_begin + kFirstSteps);
+      if (threadIdx.x % 32 == 0) {
         if (shared_address(shared_bytes) != kReservedBytes) __trap();
         for (int i = 0; i < kSlots<kTokens>; ++i) {
           init_barrier(rest.full[i], kScaleThreads + 2);
@@ -468,14 +499,10 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
         init_barrier(rest.started, kScaleThreads);
         publish_barriers();
       }
-      synchronize<2 * 32>(kInputWarps);
+      __syncwarp();
+      synchronize<kWarpgroup>(kCopyWarps);
       arrive_at<kThreads>(kAllThreads);
-      if (threadIdx.x < kScaleThreads + 32) {
-        cudaGridDependencySynchronize();
-        copy_x<kTokens>(arguments, x_map, slots, rest);
-      } else if (threadIdx.x == kScaleThreads + 32) {
-        copy_weight<kTokens>(arguments, weight_map, slots, rest);
-      }
+      copy_weight<kTokens>(arguments, weight_map, slots, rest);
     }
   } else {
     limit_registers<kRegisters, true>();

@@ -9,7 +9,8 @@
 namespace qlora {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;  // few enough for a block beside one of the kernel that writes the parts
+constexpr int kLoads = 4;      // on their way at once
 constexpr int kMaxParts = 16;
 constexpr double kStepsOfAPart = 1.5;  // that writing and adding up a part of a tile costs
 
@@ -19,21 +20,29 @@ __global__ __launch_bounds__(kThreads) void add_parts_kernel(const float* __rest
                                                              int64_t count, int64_t width, const T* __restrict__ bias,
                                                              T* __restrict__ output) {
 #if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
 #endif
   const int64_t index = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kValues;
   if (index >= count) return;
   float sums[kValues] = {};
-  for (int part = 0; part < num_parts; ++part) {
-    const float* const source = parts + part * count + index;
-    if constexpr (kValues == 4) {
-      const float4 four = *reinterpret_cast<const float4*>(source);
-      sums[0] += four.x;
-      sums[1] += four.y;
-      sums[2] += four.z;
-      sums[3] += four.w;
-    } else {
-      sums[0] += *source;
+  for (int first = 0; first < num_parts; first += kLoads) {
+    float loaded[kLoads][kValues];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const float* const source = parts + min(first + i, num_parts - 1) * count + index;
+      if constexpr (kValues == 4) {
+        *reinterpret_cast<float4*>(loaded[i]) = *reinterpret_cast<const float4*>(source);
+      } else {
+        loaded[i][0] = *source;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+#pragma unroll
+      for (int j = 0; j < kValues; ++j) {
+        if (first + i < num_parts) sums[j] += loaded[i][j];
+      }
     }
   }
   T values[kValues];
