@@ -38,9 +38,14 @@ CUtensorMap describe_matrix(const void* matrix, int value_bytes, int box_bytes, 
   const cuuint32_t steps[2] = {1, 1};
   CUtensorMap map = {};
   const CUresult result =
-      encode(&map, value_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 2,
-             const_cast<void*>(matrix), sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      encode(&map,
+             value_bytes == 1   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+             : value_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16
+                                : CU_TENSOR_MAP_DATA_TYPE_UINT32,
+             2, const_cast<void*>(matrix), sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             box_bytes == 64    ? CU_TENSOR_MAP_SWIZZLE_64B
+             : box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B
+                                : CU_TENSOR_MAP_SWIZZLE_NONE,
              CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     fail(QLORA_CUDA_ERROR, "cuTensorMapEncodeTiled: expected a matrix that it takes, got [", rows, ", ", cols, "] of ",

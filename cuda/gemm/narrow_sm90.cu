@@ -5,12 +5,14 @@
 //            steps of 256 columns
 //   slots    a ring in shared memory; a slot has a step's packed bytes, scales and columns of x
 //   copies   by warpgroup 0: warps 0 and 1 decode scales, warp 2 copies x, a lane of warp 3 the packed bytes
-//   order    the operand's layout gives a lane every fourth byte of a block of 64 columns: the quad's lanes read 8 bytes
+//   order    the operand's layout gives a lane every fourth byte of a block of 64 columns: the quad's lanes read 8
+//   bytes
 //            each and exchange them, which takes shared memory half the time that reading all 32 takes
 //   decode   a packed byte to two values through PairTable, unscaled; the products of a block of 64 are summed from
 //            zero and then scaled, in fp32
 //   work     two pairs of warpgroups, 64 rows of W each; the pairs take turns at the steps
-//   sums     of the pairs in shared memory; of the parts, where tiles are fewer than multiprocessors, by add_parts, from
+//   sums     of the pairs in shared memory; of the parts, where tiles are fewer than multiprocessors, by add_parts,
+//   from
 //            fp32 parts in the workspace
 //
 // Rounding: see PairTable; fp32 sums; y.
@@ -49,13 +51,16 @@ constexpr int kRowBytes = kStep / 2;
 constexpr int kMaxTokens = 64;
 constexpr int kMaxSlots = 5;
 constexpr int kPrefetchSteps = 4;
+constexpr int kPrefetchValueBytes = 4;  // of that matrix' description
 constexpr int kFirstSteps = 2;  // whose bytes are asked for at once; more would keep the memory from the first scales
 constexpr int kCopyRegisters = 64;
 constexpr int kRegisters = 104;
 constexpr int kReservedBytes = 1024;  // of shared memory, that CUDA puts before a block's
 
 template <int kTokens>
-constexpr int kSlots = kTokens == 16 ? 5 : kTokens == 32 ? 4 : 3;
+constexpr int kSlots = kTokens == 16   ? 5
+                       : kTokens == 32 ? 4
+                                       : 3;
 
 template <int kTokens>
 struct Slot {
@@ -73,8 +78,8 @@ struct alignas(16) Rest {
   alignas(16) unsigned char staging[kPairThreads / 32][kStoreBytes];
 };
 template <int kTokens>
-constexpr int kSharedBytes =
-    PairTable<__half>::kBytes + kSlots<kTokens> * static_cast<int>(sizeof(Slot<kTokens>)) + static_cast<int>(sizeof(Rest));
+constexpr int kSharedBytes = PairTable<__half>::kBytes + kSlots<kTokens> * static_cast<int>(sizeof(Slot<kTokens>)) +
+                             static_cast<int>(sizeof(Rest));
 
 struct Arguments {
   const uint8_t* packed;
@@ -94,6 +99,13 @@ struct Arguments {
   bool is_x_aligned;        // to 16 bytes
   bool is_y_aligned;        // rows to 16 bytes
   bool are_scales_aligned;  // see StepScales
+};
+
+// Descriptions for the copies: of the packed bytes in boxes of a step and of kPrefetchSteps, and of x.
+struct Maps {
+  CUtensorMap weight;
+  CUtensorMap prefetch;
+  CUtensorMap x;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -222,50 +234,61 @@ __device__ __forceinline__ void copy_x(const Arguments& arguments, const CUtenso
   });
 }
 
-// Into L2, by a warp, the packed bytes of these steps of an item: of each row in one piece, since what is fetched from a
-// page of memory at once costs least.
-__device__ __forceinline__ void prefetch_weight(const Arguments& arguments, const Item& item, int begin, int end) {
-  const int row_bytes = arguments.cols / 2;
-  const int first_byte = begin * kRowBytes;
-  const int count = min(min(end, item.step_end) * kRowBytes, row_bytes) - first_byte;
-  if (!arguments.is_weight_aligned || count <= 0) return;
-#pragma unroll
-  for (int i = 0; i < kTile / 32; ++i) {
-    const int row = item.first_row + i * 32 + static_cast<int>(threadIdx.x) % 32;
-    if (row < arguments.rows) prefetch_to_l2(arguments.packed + int64_t{row} * row_bytes + first_byte, count);
-  }
-}
+// The packed bytes on their way to shared memory, for one thread. What a row has for kPrefetchSteps steps is brought
+// into L2 at once: it shares a page of memory.
+class WeightCopies {
+ public:
+  __device__ __forceinline__ WeightCopies(const Arguments& arguments, const CUtensorMap& map,
+                                          const CUtensorMap& prefetch_map)
+      : arguments_(arguments), map_(map), prefetch_map_(prefetch_map) {}
 
-// Warp 3: the packed bytes.
-template <int kTokens>
-__device__ __forceinline__ void copy_weight(const Arguments& arguments, const CUtensorMap& map, Slot<kTokens>* slots,
-                                            Rest& rest) {
-  cudaGridDependencySynchronize();
-  int count = 0;
-  RingPlace<kSlots<kTokens>> place;
-  for_each_step(arguments, [&](const Item& item, int step) {
-    Slot<kTokens>& slot = slots[place.stage()];
-    Barrier& full = rest.full[place.stage()];
-    if (count == kFirstSteps) wait(rest.started, 0);
-    const int done = step - item.step_begin;
-    if (count == kFirstSteps) prefetch_weight(arguments, item, step, step + 2 * kPrefetchSteps - kFirstSteps);
-    if (done == 0 && count > 0) prefetch_weight(arguments, item, step, step + 2 * kPrefetchSteps);
-    if (done > 0 && done % kPrefetchSteps == 0) {
-      prefetch_weight(arguments, item, step + kPrefetchSteps, step + 2 * kPrefetchSteps);
-    }
-    ++count;
-    wait(rest.empty[place.stage()], place.free_parity());
-    if (threadIdx.x % 32 == 0) {
-      if (arguments.is_weight_aligned) {
+  // The first of all steps.
+  __device__ __forceinline__ void prefetch_first() const {
+    Item item;
+    find_item(arguments_, 0, item);
+    if (arguments_.is_weight_aligned) prefetch(item, item.step_begin, item.step_begin + kFirstSteps);
+  }
+
+  template <int kTokens>
+  __device__ __forceinline__ void run(Slot<kTokens>* slots, Rest& rest) const {
+    int count = 0;
+    RingPlace<kSlots<kTokens>> place;
+    for_each_step(arguments_, [&](const Item& item, int step) {
+      Slot<kTokens>& slot = slots[place.stage()];
+      Barrier& full = rest.full[place.stage()];
+      if (count++ == kFirstSteps) wait(rest.started, 0);
+      wait(rest.empty[place.stage()], place.free_parity());
+      if (arguments_.is_weight_aligned) {
         arrive_expecting(full, sizeof(slot.weight));
-        copy_box(slot.weight, map, step * kRowBytes, item.first_row, full);
+        copy_box(slot.weight, map_, step * kRowBytes, item.first_row, full);
+        prefetch_ahead(item, step);
       } else {
         arrive(full);
       }
+      place.advance();
+    });
+  }
+
+ private:
+  __device__ __forceinline__ void prefetch(const Item& item, int begin, int end) const {
+    for (int step = begin; step < min(end, item.step_end); ++step) {
+      prefetch_box_to_l2(map_, step * kRowBytes, item.first_row);
     }
-    place.advance();
-  });
-}
+  }
+  __device__ __forceinline__ void prefetch_ahead(const Item& item, int step) const {
+    const int done = step - item.step_begin;
+    if (done == kFirstSteps) prefetch(item, step + 1, item.step_begin + kPrefetchSteps);
+    if (done % kPrefetchSteps != (done < kPrefetchSteps ? kFirstSteps : 0)) return;
+    const int ahead = item.step_begin + (done / kPrefetchSteps + 1) * kPrefetchSteps;
+    if (ahead < item.step_end) {
+      prefetch_box_to_l2(prefetch_map_, ahead * (kRowBytes / kPrefetchValueBytes), item.first_row);
+    }
+  }
+
+  const Arguments& arguments_;
+  const CUtensorMap& map_;
+  const CUtensorMap& prefetch_map_;
+};
 
 // Exchanges bytes among the lanes of a quad. Lane i has bytes 8i..8i+7 of a row's 32, two words; it gets, in byte j of
 // low and high, byte i of lane j's words: of its columns' pairs those that the operand's layout gives to lane i.
@@ -471,8 +494,7 @@ class Consumer {
 };
 
 template <typename T, int kTokens, bool kIsNested>
-__device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMap& weight_map,
-                                    const CUtensorMap& x_map, const CodeValues& values) {
+__device__ __forceinline__ void run(const Arguments& arguments, const Maps& maps, const CodeValues& values) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto* const slots = reinterpret_cast<Slot<kTokens>*>(shared_bytes + PairTable<T>::kBytes);
   Rest& rest = *reinterpret_cast<Rest*>(slots + kSlots<kTokens>);
@@ -484,13 +506,13 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
       synchronize<kWarpgroup>(kCopyWarps);
       arrive_at<kThreads>(kAllThreads);
       cudaGridDependencySynchronize();
-      copy_x<kTokens>(arguments, x_map, slots, rest);
+      copy_x<kTokens>(arguments, maps.x, slots, rest);
     } else {
-      // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
-      Item first;
-      find_item(arguments, 0, first);
-      prefetch_weight(arguments, first, first.step_begin, first.step_begin + kFirstSteps);
-      if (threadIdx.x % 32 == 0) {
+      const bool is_first = threadIdx.x % 32 == 0;
+      const WeightCopies copies(arguments, maps.weight, maps.prefetch);
+      if (is_first) {
+        // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
+        copies.prefetch_first();
         if (shared_address(shared_bytes) != kReservedBytes) __trap();
         for (int i = 0; i < kSlots<kTokens>; ++i) {
           init_barrier(rest.full[i], kScaleThreads + 2);
@@ -502,7 +524,8 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
       __syncwarp();
       synchronize<kWarpgroup>(kCopyWarps);
       arrive_at<kThreads>(kAllThreads);
-      copy_weight<kTokens>(arguments, weight_map, slots, rest);
+      cudaGridDependencySynchronize();
+      if (is_first) copies.run<kTokens>(slots, rest);
     }
   } else {
     limit_registers<kRegisters, true>();
@@ -518,11 +541,10 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
 
 template <typename T, int kTokens, bool kIsNested>
 __global__ __launch_bounds__(kThreads, 1) void narrow_kernel(const __grid_constant__ Arguments arguments,
-                                                             const __grid_constant__ CUtensorMap weight_map,
-                                                             const __grid_constant__ CUtensorMap x_map,
+                                                             const __grid_constant__ Maps maps,
                                                              const __grid_constant__ CodeValues values) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  run<T, kTokens, kIsNested>(arguments, weight_map, x_map, values);
+  run<T, kTokens, kIsNested>(arguments, maps, values);
 #else
   __trap();  // supports_narrow_sm90 lets no device here that this was not compiled for.
 #endif
@@ -581,9 +603,11 @@ void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream)
   arguments.is_y_aligned = is_aligned(problem.output, 16) && weight.rows % 8 == 0;
   arguments.are_scales_aligned = weight.block_size == kBlockCols && weight.cols % kStep == 0 &&
                                  is_aligned(weight.absmax_codes, 4) && is_aligned(weight.absmax, 16);
-  CUtensorMap weight_map = {};
+  Maps maps = {};
   if (arguments.is_weight_aligned) {
-    weight_map = describe_matrix(weight.packed, 1, kRowBytes, weight.rows, weight.cols / 2, kTile);
+    maps.weight = describe_matrix(weight.packed, 1, kRowBytes, weight.rows, weight.cols / 2, kTile);
+    maps.prefetch = describe_matrix(weight.packed, kPrefetchValueBytes, kPrefetchSteps * kRowBytes, weight.rows,
+                                    weight.cols / 2 / kPrefetchValueBytes, kTile);
   }
   dispatch_dtype(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -594,28 +618,27 @@ void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream)
           const auto kernel = narrow_kernel<T, tokens(), nested()>;
           const auto* const pointer = reinterpret_cast<const void*>(kernel);
           allow_shared_bytes(device, pointer, kSharedBytes<tokens()>);
-          CUtensorMap x_map = {};
-          if (arguments.is_x_aligned) x_map = describe_matrix(problem.input, 2, 128, problem.m, weight.cols, tokens());
+          if (arguments.is_x_aligned) maps.x = describe_matrix(problem.input, 2, 128, problem.m, weight.cols, tokens());
           cudaLaunchAttribute attribute = {};
           attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
           attribute.val.programmaticStreamSerializationAllowed = 1;
           cudaLaunchConfig_t config = {};
-          config.gridDim = dim3(grid_size(ceil_div(weight.rows, kTile) * arguments.num_parts, 1,
-                                          device.num_multiprocessors));
+          config.gridDim =
+              dim3(grid_size(ceil_div(weight.rows, kTile) * arguments.num_parts, 1, device.num_multiprocessors));
           config.blockDim = dim3(kThreads);
           config.dynamicSmemBytes = kSharedBytes<tokens()>;
           config.stream = stream;
           config.attrs = &attribute;
           config.numAttrs = 1;
-          check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, weight_map, x_map, PairTable<T>::values(format)),
+          check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, maps, PairTable<T>::values(format)),
                      "narrow_kernel");
         });
       });
     }
   });
   if (arguments.num_parts > 1) {
-    add_parts(arguments.parts, arguments.num_parts, problem.m, weight.rows, problem.bias, problem.output,
-              problem.dtype, device, stream);
+    add_parts(arguments.parts, arguments.num_parts, problem.m, weight.rows, problem.bias, problem.output, problem.dtype,
+              device, stream);
   }
 }
 
