@@ -17,6 +17,7 @@
 //
 // Rounding: see PairTable; fp32 sums; y.
 #include <algorithm>
+#include <array>
 #include <cstdint>
 
 #include "cuda/device/barrier.cuh"
@@ -55,12 +56,17 @@ constexpr int kPrefetchValueBytes = 4;  // of that matrix' description
 constexpr int kFirstSteps = 2;  // whose bytes are asked for at once; more would keep the memory from the first scales
 constexpr int kCopyRegisters = 64;
 constexpr int kRegisters = 104;
-constexpr int kReservedBytes = 1024;  // of shared memory, that CUDA puts before a block's
+constexpr int kReservedBytes = 1024;   // of shared memory, that CUDA puts before a block's
+constexpr int kBlockWindow = 1 << 24;  // of addresses in the shared memory of a cluster
 
 template <int kTokens>
 constexpr int kSlots = kTokens == 16   ? 5
                        : kTokens == 32 ? 4
                                        : 3;
+
+// Blocks of a cluster, which share the copies of x.
+template <int kTokens>
+constexpr int kCluster = 2;
 
 template <int kTokens>
 struct Slot {
@@ -74,7 +80,8 @@ struct alignas(16) Rest {
   float nested_code[256];
   Barrier full[kMaxSlots];
   Barrier empty[kMaxSlots];
-  Barrier started;  // the first scales are there
+  Barrier x_empty[kMaxSlots];  // here and in the other blocks of the cluster
+  Barrier started;             // the first scales are there
   alignas(16) unsigned char staging[kPairThreads / 32][kStoreBytes];
 };
 template <int kTokens>
@@ -90,8 +97,9 @@ struct Arguments {
   void* y;
   float* parts;  // null: y is written
   int num_parts;
-  int num_tiles;
-  int num_steps;
+  int num_groups;  // of tiles, one for each block of a cluster
+  int part_steps;  // of a part, and one more of the first num_longer_parts
+  int num_longer_parts;
   int m;
   int rows;  // of the weight
   int cols;
@@ -110,7 +118,7 @@ struct Maps {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-enum NamedBarrier { kAllThreads, kAllScaleThreads, kCopyWarps, kAllConsumers, kSecondPair };
+enum NamedBarrier { kAllThreads, kAllScaleThreads, kInputWarps, kCopyWarps, kAllConsumers, kSecondPair };
 
 template <int kCount>
 __device__ __forceinline__ void synchronize(int barrier) {
@@ -122,6 +130,16 @@ __device__ __forceinline__ void arrive_at(int barrier) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
 }
 
+// The halves of a barrier of all threads of the cluster, which orders no memory operations.
+template <bool kIsCluster>
+__device__ __forceinline__ void arrive_at_cluster() {
+  if constexpr (kIsCluster) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+template <bool kIsCluster>
+__device__ __forceinline__ void wait_for_cluster() {
+  if constexpr (kIsCluster) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+
 struct Item {
   int first_row;
   int part;
@@ -129,21 +147,24 @@ struct Item {
   int step_end;
 };
 
-// Item `index` of a block, if it has so many.
+// Item `index` of a block, if it has so many: the blocks of a cluster have neighbouring tiles. Without divisions, which
+// the first copies would wait for.
+template <int kCluster>
 __device__ __forceinline__ bool find_item(const Arguments& arguments, int index, Item& item) {
-  const int place = static_cast<int>(blockIdx.x + index * gridDim.x);
-  item.first_row = place % arguments.num_tiles * kTile;
-  item.part = place / arguments.num_tiles;
-  item.step_begin = arguments.num_steps * item.part / arguments.num_parts;
-  item.step_end = arguments.num_steps * (item.part + 1) / arguments.num_parts;
+  int place = static_cast<int>(blockIdx.x / kCluster + index * (gridDim.x / kCluster));
+  item.part = 0;
+  for (; place >= arguments.num_groups; place -= arguments.num_groups) ++item.part;
+  item.first_row = (place * kCluster + static_cast<int>(blockIdx.x) % kCluster) * kTile;
+  item.step_begin = item.part * arguments.part_steps + min(item.part, arguments.num_longer_parts);
+  item.step_end = item.step_begin + arguments.part_steps + (item.part < arguments.num_longer_parts ? 1 : 0);
   return item.part < arguments.num_parts;
 }
 
 // f(item, step) for each step of the block's items.
-template <typename Function>
+template <int kCluster, typename Function>
 __device__ __forceinline__ void for_each_step(const Arguments& arguments, Function&& f) {
   Item item;
-  for (int index = 0; find_item(arguments, index, item); ++index) {
+  for (int index = 0; find_item<kCluster>(arguments, index, item); ++index) {
     for (int step = item.step_begin; step < item.step_end; ++step) f(item, step);
   }
 }
@@ -152,7 +173,7 @@ __device__ __forceinline__ void for_each_step(const Arguments& arguments, Functi
 template <int kTokens, bool kIsNested>
 __device__ __forceinline__ void copy_scales(const Arguments& arguments, Slot<kTokens>* slots, Rest& rest) {
   Item first;
-  find_item(arguments, 0, first);
+  find_item<kCluster<kTokens>>(arguments, 0, first);
   StepScales<kIsNested> scales;
   cudaGridDependencySynchronize();
   // All that is read first is asked for before any of it is waited for.
@@ -163,7 +184,7 @@ __device__ __forceinline__ void copy_scales(const Arguments& arguments, Slot<kTo
     codes = reinterpret_cast<const float4*>(arguments.scales.nested_code)[threadIdx.x];
     nested_offset = *arguments.scales.nested_offset;
   }
-  synchronize<kWarpgroup>(kCopyWarps);
+  synchronize<kScaleThreads + 2 * 32>(kCopyWarps);
   arrive_at<kThreads>(kAllThreads);
   if constexpr (kIsNested) {
     reinterpret_cast<float4*>(rest.nested_code)[threadIdx.x] = codes;
@@ -172,7 +193,7 @@ __device__ __forceinline__ void copy_scales(const Arguments& arguments, Slot<kTo
   bool is_loaded = true;
   bool is_first = true;
   RingPlace<kSlots<kTokens>> place;
-  for_each_step(arguments, [&](const Item& item, int step) {
+  for_each_step<kCluster<kTokens>>(arguments, [&](const Item& item, int step) {
     Slot<kTokens>& slot = slots[place.stage()];
     wait(rest.empty[place.stage()], place.free_parity());
     if (!is_loaded) scales.load(arguments, item.first_row, step);
@@ -216,19 +237,23 @@ __device__ __noinline__ void copy_x_plainly(const Arguments& arguments, int step
 template <int kTokens>
 __device__ __forceinline__ void copy_x(const Arguments& arguments, const CUtensorMap& map, Slot<kTokens>* slots,
                                        Rest& rest) {
+  constexpr int kShare = kStepBlocks / kCluster<kTokens>;  // that this block copies, to all of its cluster
   const bool is_first = threadIdx.x % 32 == 0;
+  const int first_block = static_cast<int>(blockIdx.x) % kCluster<kTokens> * kShare;
   RingPlace<kSlots<kTokens>> place;
-  for_each_step(arguments, [&](const Item&, int step) {
+  for_each_step<kCluster<kTokens>>(arguments, [&](const Item&, int step) {
     Slot<kTokens>& slot = slots[place.stage()];
     Barrier& full = rest.full[place.stage()];
-    wait(rest.empty[place.stage()], place.free_parity());
+    wait(rest.x_empty[place.stage()], place.free_parity());
     if (!arguments.is_x_aligned) {
       copy_x_plainly(arguments, step, slot);
       if (is_first) arrive(full);
     } else if (is_first) {
       arrive_expecting(full, sizeof(slot.input));
 #pragma unroll
-      for (int b = 0; b < kStepBlocks; ++b) copy_box(slot.input[b], map, step * kStep + b * kBlockCols, 0, full);
+      for (int b = first_block; b < first_block + kShare; ++b) {
+        copy_box(slot.input[b], map, step * kStep + b * kBlockCols, 0, full, (1 << kCluster<kTokens>)-1);
+      }
     }
     place.advance();
   });
@@ -243,9 +268,10 @@ class WeightCopies {
       : arguments_(arguments), map_(map), prefetch_map_(prefetch_map) {}
 
   // The first of all steps.
+  template <int kTokens>
   __device__ __forceinline__ void prefetch_first() const {
     Item item;
-    find_item(arguments_, 0, item);
+    find_item<kCluster<kTokens>>(arguments_, 0, item);
     if (arguments_.is_weight_aligned) prefetch(item, item.step_begin, item.step_begin + kFirstSteps);
   }
 
@@ -253,7 +279,7 @@ class WeightCopies {
   __device__ __forceinline__ void run(Slot<kTokens>* slots, Rest& rest) const {
     int count = 0;
     RingPlace<kSlots<kTokens>> place;
-    for_each_step(arguments_, [&](const Item& item, int step) {
+    for_each_step<kCluster<kTokens>>(arguments_, [&](const Item& item, int step) {
       Slot<kTokens>& slot = slots[place.stage()];
       Barrier& full = rest.full[place.stage()];
       if (count++ == kFirstSteps) wait(rest.started, 0);
@@ -345,7 +371,7 @@ class Consumer {
     int next = static_cast<int>(pair_);  // Steps are counted through all items; this pair's next.
     int end = 0;
     Item item;
-    for (int index = 0; find_item(arguments_, index, item); ++index) {
+    for (int index = 0; find_item<kCluster<kTokens>>(arguments_, index, item); ++index) {
 #pragma unroll
       for (float& sum : sums_) sum = 0.0f;
       const int begin = end;
@@ -353,7 +379,7 @@ class Consumer {
 #pragma unroll 1
       for (; next < end; next += kPairs) {
         multiply_step();
-        if (pair_ == 0 || next + kPairs < end) arrive(rest_.empty[place_.stage()]);  // The last: see exchange.
+        if (pair_ == 0 || next + kPairs < end) release(place_.stage());  // The last: see exchange.
         place_.advance(kPairs);
       }
       const int last_of_second = (end - 2) | 1;
@@ -363,8 +389,7 @@ class Consumer {
   }
 
  private:
-  static constexpr int kCols = kTokens < 32 ? kTokens : 32;  // of a product
-  static constexpr int kHalves = kTokens / kCols;
+  static constexpr int kBuffers = kTokens == 64 ? 1 : 2;  // with 2 the next block is decoded while products run
 
   static __device__ __forceinline__ int warpgroup() { return threadIdx.x / kWarpgroup - 1; }
   static __device__ __forceinline__ int first_row_of_warp() {
@@ -404,34 +429,42 @@ class Consumer {
     decode<1>(slot, 0, a_[0]);
 #pragma unroll
     for (int b = 0; b < kStepBlocks; ++b) {
+      Fragments& next = a_[(b + 1) % kBuffers];
+      fence_registers();
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        multiply<T, kTokens>(products_, a_[b % kBuffers][j],
+                             plus(input, b * kTokens * (kBlockCols * 2 / 16) + j * kProductStep), j > 0);
+      }
+      commit_products();
+      if (kBuffers == 2 && b + 1 < kStepBlocks) {
+        decode<0>(slot, b + 1, next);
+        decode<1>(slot, b + 1, next);
+      }
       const float scale_low = load_shared_float(scales_ + slot + b * 4);
       const float scale_high = load_shared_float(scales_ + slot + (8 * kStepBlocks + b) * 4);
-      Fragments& next = a_[(b + 1) % 2];
+      wait_for_products<0>();
+      hold_registers(products_);
+      if (kBuffers == 1 && b + 1 < kStepBlocks) {
+        decode<0>(slot, b + 1, next);
+        decode<1>(slot, b + 1, next);
+      }
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        fence_registers();
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          multiply<T, kCols>(products_, a_[b % 2][j],
-                             plus(input, (b * kTokens + half * kCols) * (kBlockCols * 2 / 16) + j * kProductStep),
-                             j > 0);
-        }
-        commit_products();
-        // The next block, while the tensor cores work.
-        if (b + 1 < kStepBlocks && half == 0) decode<0>(slot, b + 1, next);
-        if (b + 1 < kStepBlocks && half == kHalves - 1) decode<1>(slot, b + 1, next);
-        wait_for_products<0>();
-        hold_registers(products_);
-        float* const sums = sums_ + half * (kCols / 2);
-#pragma unroll
-        for (int c = 0; c < kCols / 8; ++c) {
-          sums[4 * c] = fmaf(scale_low, products_[4 * c], sums[4 * c]);
-          sums[4 * c + 1] = fmaf(scale_low, products_[4 * c + 1], sums[4 * c + 1]);
-          sums[4 * c + 2] = fmaf(scale_high, products_[4 * c + 2], sums[4 * c + 2]);
-          sums[4 * c + 3] = fmaf(scale_high, products_[4 * c + 3], sums[4 * c + 3]);
-        }
+      for (int c = 0; c < kTokens / 8; ++c) {
+        sums_[4 * c] = fmaf(scale_low, products_[4 * c], sums_[4 * c]);
+        sums_[4 * c + 1] = fmaf(scale_low, products_[4 * c + 1], sums_[4 * c + 1]);
+        sums_[4 * c + 2] = fmaf(scale_high, products_[4 * c + 2], sums_[4 * c + 2]);
+        sums_[4 * c + 3] = fmaf(scale_high, products_[4 * c + 3], sums_[4 * c + 3]);
       }
     }
+  }
+
+  // Each thread for what it has read; of x, which the tensor cores have read, each warp, to all that copy it here.
+  __device__ __forceinline__ void release(int slot) {
+    arrive(rest_.empty[slot]);
+    __syncwarp();
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (lane < kCluster<kTokens>) arrive_remote(rest_.x_empty[slot], lane);
   }
 
   // Adds the sums of the second pair to those of the first, by way of the place of x in the second pair's last slot,
@@ -447,7 +480,8 @@ class Consumer {
     if (pair_ == 0) {
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums_[i] += place[i * kPairThreads];
-      arrive(rest_.empty[slot]);
+      fence_shared();
+      release(slot);
     }
   }
 
@@ -488,9 +522,9 @@ class Consumer {
   uint32_t scales_;
   uint32_t input_;  // low half of a descriptor
   RingPlace<kSlots<kTokens>> place_;
-  Fragments a_[2];
+  Fragments a_[kBuffers];
   float sums_[kTokens / 2];
-  float products_[kCols / 2];  // not yet scaled
+  float products_[kTokens / 2];  // not yet scaled
 };
 
 template <typename T, int kTokens, bool kIsNested>
@@ -498,43 +532,60 @@ __device__ __forceinline__ void run(const Arguments& arguments, const Maps& maps
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto* const slots = reinterpret_cast<Slot<kTokens>*>(shared_bytes + PairTable<T>::kBytes);
   Rest& rest = *reinterpret_cast<Rest*>(slots + kSlots<kTokens>);
-  if (threadIdx.x < kWarpgroup) {
+  constexpr bool kIsCluster = kCluster<kTokens> > 1;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (warp != 3) arrive_at_cluster<kIsCluster>();
+  if (warp < kWarpgroup / 32) {
     limit_registers<kCopyRegisters, false>();
-    if (threadIdx.x < kScaleThreads) {
+    if (warp < 2) {
       copy_scales<kTokens, kIsNested>(arguments, slots, rest);
-    } else if (threadIdx.x < kScaleThreads + 32) {
-      synchronize<kWarpgroup>(kCopyWarps);
+      wait_for_cluster<kIsCluster>();
+    } else if (warp == 2) {
+      synchronize<2 * 32>(kInputWarps);
+      arrive_at<kScaleThreads + 2 * 32>(kCopyWarps);
       arrive_at<kThreads>(kAllThreads);
+      wait_for_cluster<kIsCluster>();
       cudaGridDependencySynchronize();
       copy_x<kTokens>(arguments, maps.x, slots, rest);
+      __syncwarp();
     } else {
       const bool is_first = threadIdx.x % 32 == 0;
       const WeightCopies copies(arguments, maps.weight, maps.prefetch);
       if (is_first) {
-        // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
-        copies.prefetch_first();
-        if (shared_address(shared_bytes) != kReservedBytes) __trap();
+        if (shared_address(shared_bytes) % kBlockWindow != kReservedBytes) __trap();
         for (int i = 0; i < kSlots<kTokens>; ++i) {
           init_barrier(rest.full[i], kScaleThreads + 2);
           init_barrier(rest.empty[i], kPairThreads);
+          init_barrier(rest.x_empty[i], kCluster<kTokens> * kPairThreads / 32);
         }
         init_barrier(rest.started, kScaleThreads);
         publish_barriers();
+        // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
+        copies.template prefetch_first<kTokens>();
       }
       __syncwarp();
-      synchronize<kWarpgroup>(kCopyWarps);
+      arrive_at_cluster<kIsCluster>();
+      synchronize<2 * 32>(kInputWarps);
+      arrive_at<kScaleThreads + 2 * 32>(kCopyWarps);
       arrive_at<kThreads>(kAllThreads);
       cudaGridDependencySynchronize();
-      if (is_first) copies.run<kTokens>(slots, rest);
+      if (is_first) copies.template run<kTokens>(slots, rest);
+      __syncwarp();
+      wait_for_cluster<kIsCluster>();
     }
   } else {
     limit_registers<kRegisters, true>();
     PairTable<T>::template fill<kConsumers>(shared_bytes, values, threadIdx.x - kWarpgroup);
     synchronize<kThreads>(kAllThreads);
+    wait_for_cluster<kIsCluster>();
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion();
     Consumer<T, kTokens>(arguments, shared_bytes, slots, rest).run();
+    __syncwarp();
   }
+  // A block may leave only when none of its cluster copies to it any more, or arrives at its barriers.
+  arrive_at_cluster<kIsCluster>();
+  wait_for_cluster<kIsCluster>();
 }
 
 #endif
@@ -592,8 +643,9 @@ void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream)
   arguments.bias = problem.bias;
   arguments.y = problem.output;
   arguments.num_parts = num_parts_of(problem, device);
-  arguments.num_tiles = static_cast<int>(ceil_div(weight.rows, kTile));
-  arguments.num_steps = static_cast<int>(ceil_div(weight.cols, kStep));
+  const int num_steps = static_cast<int>(ceil_div(weight.cols, kStep));
+  arguments.part_steps = num_steps / arguments.num_parts;
+  arguments.num_longer_parts = num_steps % arguments.num_parts;
   arguments.parts = arguments.num_parts == 1 ? nullptr : static_cast<float*>(problem.workspace);
   arguments.m = static_cast<int>(problem.m);
   arguments.rows = static_cast<int>(weight.rows);
@@ -619,17 +671,23 @@ void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream)
           const auto* const pointer = reinterpret_cast<const void*>(kernel);
           allow_shared_bytes(device, pointer, kSharedBytes<tokens()>);
           if (arguments.is_x_aligned) maps.x = describe_matrix(problem.input, 2, 128, problem.m, weight.cols, tokens());
-          cudaLaunchAttribute attribute = {};
-          attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-          attribute.val.programmaticStreamSerializationAllowed = 1;
+          constexpr int kBlocks = kCluster<tokens()>;
+          arguments.num_groups = static_cast<int>(ceil_div(weight.rows, kTile * kBlocks));
+          std::array<cudaLaunchAttribute, 2> attributes = {};
+          attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+          attributes[0].val.programmaticStreamSerializationAllowed = 1;
+          attributes[1].id = cudaLaunchAttributeClusterDimension;
+          attributes[1].val.clusterDim.x = kBlocks;
+          attributes[1].val.clusterDim.y = 1;
+          attributes[1].val.clusterDim.z = 1;
           cudaLaunchConfig_t config = {};
-          config.gridDim =
-              dim3(grid_size(ceil_div(weight.rows, kTile) * arguments.num_parts, 1, device.num_multiprocessors));
+          config.gridDim = dim3(kBlocks * grid_size(int64_t{arguments.num_groups} * arguments.num_parts, 1,
+                                                    device.num_multiprocessors / kBlocks));
           config.blockDim = dim3(kThreads);
           config.dynamicSmemBytes = kSharedBytes<tokens()>;
           config.stream = stream;
-          config.attrs = &attribute;
-          config.numAttrs = 1;
+          config.attrs = attributes.data();
+          config.numAttrs = kBlocks > 1 ? 2 : 1;
           check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, maps, PairTable<T>::values(format)),
                      "narrow_kernel");
         });
