@@ -17,7 +17,6 @@
 //
 // Rounding: see PairTable; fp32 sums; y.
 #include <algorithm>
-#include <array>
 #include <cstdint>
 
 #include "cuda/device/barrier.cuh"
@@ -64,10 +63,6 @@ constexpr int kSlots = kTokens == 16   ? 5
                        : kTokens == 32 ? 4
                                        : 3;
 
-// Blocks of a cluster, which share the copies of x.
-template <int kTokens>
-constexpr int kCluster = 2;
-
 template <int kTokens>
 struct Slot {
   unsigned char weight[kTile * kRowBytes];  // the 16-byte piece p of row r at place p ^ r % 8
@@ -80,8 +75,7 @@ struct alignas(16) Rest {
   float nested_code[256];
   Barrier full[kMaxSlots];
   Barrier empty[kMaxSlots];
-  Barrier x_empty[kMaxSlots];  // here and in the other blocks of the cluster
-  Barrier started;             // the first scales are there
+  Barrier started;  // the first scales are there
   alignas(16) unsigned char staging[kPairThreads / 32][kStoreBytes];
 };
 template <int kTokens>
@@ -97,7 +91,7 @@ struct Arguments {
   void* y;
   float* parts;  // null: y is written
   int num_parts;
-  int num_groups;  // of tiles, one for each block of a cluster
+  int num_tiles;
   int part_steps;  // of a part, and one more of the first num_longer_parts
   int num_longer_parts;
   int m;
@@ -130,16 +124,6 @@ __device__ __forceinline__ void arrive_at(int barrier) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
 }
 
-// The halves of a barrier of all threads of the cluster, which orders no memory operations.
-template <bool kIsCluster>
-__device__ __forceinline__ void arrive_at_cluster() {
-  if constexpr (kIsCluster) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-template <bool kIsCluster>
-__device__ __forceinline__ void wait_for_cluster() {
-  if constexpr (kIsCluster) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-}
-
 struct Item {
   int first_row;
   int part;
@@ -147,24 +131,22 @@ struct Item {
   int step_end;
 };
 
-// Item `index` of a block, if it has so many: the blocks of a cluster have neighbouring tiles. Without divisions, which
-// the first copies would wait for.
-template <int kCluster>
+// Item `index` of a block, if it has so many. Without divisions, which the first copies would wait for.
 __device__ __forceinline__ bool find_item(const Arguments& arguments, int index, Item& item) {
-  int place = static_cast<int>(blockIdx.x / kCluster + index * (gridDim.x / kCluster));
+  int place = static_cast<int>(blockIdx.x + index * gridDim.x);
   item.part = 0;
-  for (; place >= arguments.num_groups; place -= arguments.num_groups) ++item.part;
-  item.first_row = (place * kCluster + static_cast<int>(blockIdx.x) % kCluster) * kTile;
+  for (; place >= arguments.num_tiles; place -= arguments.num_tiles) ++item.part;
+  item.first_row = place * kTile;
   item.step_begin = item.part * arguments.part_steps + min(item.part, arguments.num_longer_parts);
   item.step_end = item.step_begin + arguments.part_steps + (item.part < arguments.num_longer_parts ? 1 : 0);
   return item.part < arguments.num_parts;
 }
 
 // f(item, step) for each step of the block's items.
-template <int kCluster, typename Function>
+template <typename Function>
 __device__ __forceinline__ void for_each_step(const Arguments& arguments, Function&& f) {
   Item item;
-  for (int index = 0; find_item<kCluster>(arguments, index, item); ++index) {
+  for (int index = 0; find_item(arguments, index, item); ++index) {
     for (int step = item.step_begin; step < item.step_end; ++step) f(item, step);
   }
 }
@@ -173,7 +155,7 @@ __device__ __forceinline__ void for_each_step(const Arguments& arguments, Functi
 template <int kTokens, bool kIsNested>
 __device__ __forceinline__ void copy_scales(const Arguments& arguments, Slot<kTokens>* slots, Rest& rest) {
   Item first;
-  find_item<kCluster<kTokens>>(arguments, 0, first);
+  find_item(arguments, 0, first);
   StepScales<kIsNested> scales;
   cudaGridDependencySynchronize();
   // All that is read first is asked for before any of it is waited for.
@@ -193,7 +175,7 @@ __device__ __forceinline__ void copy_scales(const Arguments& arguments, Slot<kTo
   bool is_loaded = true;
   bool is_first = true;
   RingPlace<kSlots<kTokens>> place;
-  for_each_step<kCluster<kTokens>>(arguments, [&](const Item& item, int step) {
+  for_each_step(arguments, [&](const Item& item, int step) {
     Slot<kTokens>& slot = slots[place.stage()];
     wait(rest.empty[place.stage()], place.free_parity());
     if (!is_loaded) scales.load(arguments, item.first_row, step);
@@ -237,23 +219,19 @@ __device__ __noinline__ void copy_x_plainly(const Arguments& arguments, int step
 template <int kTokens>
 __device__ __forceinline__ void copy_x(const Arguments& arguments, const CUtensorMap& map, Slot<kTokens>* slots,
                                        Rest& rest) {
-  constexpr int kShare = kStepBlocks / kCluster<kTokens>;  // that this block copies, to all of its cluster
   const bool is_first = threadIdx.x % 32 == 0;
-  const int first_block = static_cast<int>(blockIdx.x) % kCluster<kTokens> * kShare;
   RingPlace<kSlots<kTokens>> place;
-  for_each_step<kCluster<kTokens>>(arguments, [&](const Item&, int step) {
+  for_each_step(arguments, [&](const Item&, int step) {
     Slot<kTokens>& slot = slots[place.stage()];
     Barrier& full = rest.full[place.stage()];
-    wait(rest.x_empty[place.stage()], place.free_parity());
+    wait(rest.empty[place.stage()], place.free_parity());
     if (!arguments.is_x_aligned) {
       copy_x_plainly(arguments, step, slot);
       if (is_first) arrive(full);
     } else if (is_first) {
       arrive_expecting(full, sizeof(slot.input));
 #pragma unroll
-      for (int b = first_block; b < first_block + kShare; ++b) {
-        copy_box(slot.input[b], map, step * kStep + b * kBlockCols, 0, full, (1 << kCluster<kTokens>)-1);
-      }
+      for (int b = 0; b < kStepBlocks; ++b) copy_box(slot.input[b], map, step * kStep + b * kBlockCols, 0, full);
     }
     place.advance();
   });
@@ -268,10 +246,9 @@ class WeightCopies {
       : arguments_(arguments), map_(map), prefetch_map_(prefetch_map) {}
 
   // The first of all steps.
-  template <int kTokens>
   __device__ __forceinline__ void prefetch_first() const {
     Item item;
-    find_item<kCluster<kTokens>>(arguments_, 0, item);
+    find_item(arguments_, 0, item);
     if (arguments_.is_weight_aligned) prefetch(item, item.step_begin, item.step_begin + kFirstSteps);
   }
 
@@ -279,7 +256,7 @@ class WeightCopies {
   __device__ __forceinline__ void run(Slot<kTokens>* slots, Rest& rest) const {
     int count = 0;
     RingPlace<kSlots<kTokens>> place;
-    for_each_step<kCluster<kTokens>>(arguments_, [&](const Item& item, int step) {
+    for_each_step(arguments_, [&](const Item& item, int step) {
       Slot<kTokens>& slot = slots[place.stage()];
       Barrier& full = rest.full[place.stage()];
       if (count++ == kFirstSteps) wait(rest.started, 0);
@@ -371,7 +348,7 @@ class Consumer {
     int next = static_cast<int>(pair_);  // Steps are counted through all items; this pair's next.
     int end = 0;
     Item item;
-    for (int index = 0; find_item<kCluster<kTokens>>(arguments_, index, item); ++index) {
+    for (int index = 0; find_item(arguments_, index, item); ++index) {
 #pragma unroll
       for (float& sum : sums_) sum = 0.0f;
       const int begin = end;
@@ -379,7 +356,7 @@ class Consumer {
 #pragma unroll 1
       for (; next < end; next += kPairs) {
         multiply_step();
-        if (pair_ == 0 || next + kPairs < end) release(place_.stage());  // The last: see exchange.
+        if (pair_ == 0 || next + kPairs < end) arrive(rest_.empty[place_.stage()]);  // The last: see exchange.
         place_.advance(kPairs);
       }
       const int last_of_second = (end - 2) | 1;
@@ -459,14 +436,6 @@ class Consumer {
     }
   }
 
-  // Each thread for what it has read; of x, which the tensor cores have read, each warp, to all that copy it here.
-  __device__ __forceinline__ void release(int slot) {
-    arrive(rest_.empty[slot]);
-    __syncwarp();
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    if (lane < kCluster<kTokens>) arrive_remote(rest_.x_empty[slot], lane);
-  }
-
   // Adds the sums of the second pair to those of the first, by way of the place of x in the second pair's last slot,
   // which only then is free.
   __device__ __forceinline__ void exchange(int slot) {
@@ -481,7 +450,7 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums_[i] += place[i * kPairThreads];
       fence_shared();
-      release(slot);
+      arrive(rest_.empty[slot]);
     }
   }
 
@@ -532,22 +501,17 @@ __device__ __forceinline__ void run(const Arguments& arguments, const Maps& maps
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto* const slots = reinterpret_cast<Slot<kTokens>*>(shared_bytes + PairTable<T>::kBytes);
   Rest& rest = *reinterpret_cast<Rest*>(slots + kSlots<kTokens>);
-  constexpr bool kIsCluster = kCluster<kTokens> > 1;
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  if (warp != 3) arrive_at_cluster<kIsCluster>();
   if (warp < kWarpgroup / 32) {
     limit_registers<kCopyRegisters, false>();
     if (warp < 2) {
       copy_scales<kTokens, kIsNested>(arguments, slots, rest);
-      wait_for_cluster<kIsCluster>();
     } else if (warp == 2) {
       synchronize<2 * 32>(kInputWarps);
       arrive_at<kScaleThreads + 2 * 32>(kCopyWarps);
       arrive_at<kThreads>(kAllThreads);
-      wait_for_cluster<kIsCluster>();
       cudaGridDependencySynchronize();
       copy_x<kTokens>(arguments, maps.x, slots, rest);
-      __syncwarp();
     } else {
       const bool is_first = threadIdx.x % 32 == 0;
       const WeightCopies copies(arguments, maps.weight, maps.prefetch);
@@ -556,36 +520,27 @@ __device__ __forceinline__ void run(const Arguments& arguments, const Maps& maps
         for (int i = 0; i < kSlots<kTokens>; ++i) {
           init_barrier(rest.full[i], kScaleThreads + 2);
           init_barrier(rest.empty[i], kPairThreads);
-          init_barrier(rest.x_empty[i], kCluster<kTokens> * kPairThreads / 32);
         }
         init_barrier(rest.started, kScaleThreads);
         publish_barriers();
         // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
-        copies.template prefetch_first<kTokens>();
+        copies.prefetch_first();
       }
       __syncwarp();
-      arrive_at_cluster<kIsCluster>();
       synchronize<2 * 32>(kInputWarps);
       arrive_at<kScaleThreads + 2 * 32>(kCopyWarps);
       arrive_at<kThreads>(kAllThreads);
       cudaGridDependencySynchronize();
       if (is_first) copies.template run<kTokens>(slots, rest);
-      __syncwarp();
-      wait_for_cluster<kIsCluster>();
     }
   } else {
     limit_registers<kRegisters, true>();
     PairTable<T>::template fill<kConsumers>(shared_bytes, values, threadIdx.x - kWarpgroup);
     synchronize<kThreads>(kAllThreads);
-    wait_for_cluster<kIsCluster>();
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion();
     Consumer<T, kTokens>(arguments, shared_bytes, slots, rest).run();
-    __syncwarp();
   }
-  // A block may leave only when none of its cluster copies to it any more, or arrives at its barriers.
-  arrive_at_cluster<kIsCluster>();
-  wait_for_cluster<kIsCluster>();
 }
 
 #endif
@@ -644,6 +599,7 @@ void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream)
   arguments.y = problem.output;
   arguments.num_parts = num_parts_of(problem, device);
   const int num_steps = static_cast<int>(ceil_div(weight.cols, kStep));
+  arguments.num_tiles = static_cast<int>(ceil_div(weight.rows, kTile));
   arguments.part_steps = num_steps / arguments.num_parts;
   arguments.num_longer_parts = num_steps % arguments.num_parts;
   arguments.parts = arguments.num_parts == 1 ? nullptr : static_cast<float*>(problem.workspace);
@@ -671,23 +627,17 @@ void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream)
           const auto* const pointer = reinterpret_cast<const void*>(kernel);
           allow_shared_bytes(device, pointer, kSharedBytes<tokens()>);
           if (arguments.is_x_aligned) maps.x = describe_matrix(problem.input, 2, 128, problem.m, weight.cols, tokens());
-          constexpr int kBlocks = kCluster<tokens()>;
-          arguments.num_groups = static_cast<int>(ceil_div(weight.rows, kTile * kBlocks));
-          std::array<cudaLaunchAttribute, 2> attributes = {};
-          attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-          attributes[0].val.programmaticStreamSerializationAllowed = 1;
-          attributes[1].id = cudaLaunchAttributeClusterDimension;
-          attributes[1].val.clusterDim.x = kBlocks;
-          attributes[1].val.clusterDim.y = 1;
-          attributes[1].val.clusterDim.z = 1;
+          cudaLaunchAttribute attribute = {};
+          attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+          attribute.val.programmaticStreamSerializationAllowed = 1;
           cudaLaunchConfig_t config = {};
-          config.gridDim = dim3(kBlocks * grid_size(int64_t{arguments.num_groups} * arguments.num_parts, 1,
-                                                    device.num_multiprocessors / kBlocks));
+          config.gridDim =
+              dim3(grid_size(int64_t{arguments.num_tiles} * arguments.num_parts, 1, device.num_multiprocessors));
           config.blockDim = dim3(kThreads);
           config.dynamicSmemBytes = kSharedBytes<tokens()>;
           config.stream = stream;
-          config.attrs = attributes.data();
-          config.numAttrs = kBlocks > 1 ? 2 : 1;
+          config.attrs = &attribute;
+          config.numAttrs = 1;
           check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, maps, PairTable<T>::values(format)),
                      "narrow_kernel");
         });
