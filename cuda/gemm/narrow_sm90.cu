@@ -366,6 +366,8 @@ class Consumer {
   }
 
  private:
+  static constexpr int kAhead = kTokens == 64 ? 2 : 4;  // blocks whose bytes are loaded at once
+  using Bytes = uint2[kAhead][2];
   static constexpr int kBuffers = kTokens == 64 ? 1 : 2;  // with 2 the next block is decoded while products run
 
   static __device__ __forceinline__ int warpgroup() { return threadIdx.x / kWarpgroup - 1; }
@@ -379,19 +381,34 @@ class Consumer {
     return first_row_of_warp() + group % 4 * 2 + group / 4;
   }
 
-  // Row group + 8 kHalf of the warp's 16.
-  template <int kHalf>
-  __device__ __forceinline__ void decode(uint32_t slot, int block, Fragments& a) const {
-    const uint32_t source = weight_ + slot + ((block * 32) ^ swizzle_) + kHalf * 8 * kRowBytes;
-    const uint2 words = transpose_(load_shared_8_bytes(source));
-    a[0][kHalf] = table_.template pair<0>(words.x);
-    a[0][2 + kHalf] = table_.template pair<0>(words.y);
-    a[1][kHalf] = table_.template pair<1>(words.x);
-    a[1][2 + kHalf] = table_.template pair<1>(words.y);
-    a[2][kHalf] = table_.template pair<2>(words.x);
-    a[2][2 + kHalf] = table_.template pair<2>(words.y);
-    a[3][kHalf] = table_.template pair<3>(words.x);
-    a[3][2 + kHalf] = table_.template pair<3>(words.y);
+  // The lane's bytes of kAhead blocks from `block` on, for both of its rows.
+  __device__ __forceinline__ void load(uint32_t slot, int block, Bytes& bytes) const {
+#pragma unroll
+    for (int b = 0; b < kAhead; ++b) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        bytes[b][h] = load_shared_8_bytes(weight_ + slot + (((block + b) * 32) ^ swizzle_) + h * 8 * kRowBytes);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kAhead; ++b) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) bytes[b][h] = transpose_(bytes[b][h]);
+    }
+  }
+
+  __device__ __forceinline__ void decode(const uint2 (&bytes)[2], Fragments& a) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      a[0][h] = table_.template pair<0>(bytes[h].x);
+      a[0][2 + h] = table_.template pair<0>(bytes[h].y);
+      a[1][h] = table_.template pair<1>(bytes[h].x);
+      a[1][2 + h] = table_.template pair<1>(bytes[h].y);
+      a[2][h] = table_.template pair<2>(bytes[h].x);
+      a[2][2 + h] = table_.template pair<2>(bytes[h].y);
+      a[3][h] = table_.template pair<3>(bytes[h].x);
+      a[3][2 + h] = table_.template pair<3>(bytes[h].y);
+    }
   }
 
   static __device__ __forceinline__ uint64_t plus(uint32_t descriptor, uint32_t offset) {
@@ -402,8 +419,9 @@ class Consumer {
     const uint32_t slot = place_.stage() * static_cast<uint32_t>(sizeof(Slot<kTokens>));
     wait(rest_.full[place_.stage()], place_.parity());
     const uint32_t input = __shfl_sync(0xFFFFFFFFu, input_ + slot / 16, 0);
-    decode<0>(slot, 0, a_[0]);
-    decode<1>(slot, 0, a_[0]);
+    Bytes bytes;
+    load(slot, 0, bytes);
+    decode(bytes[0], a_[0]);
 #pragma unroll
     for (int b = 0; b < kStepBlocks; ++b) {
       Fragments& next = a_[(b + 1) % kBuffers];
@@ -414,18 +432,13 @@ class Consumer {
                              plus(input, b * kTokens * (kBlockCols * 2 / 16) + j * kProductStep), j > 0);
       }
       commit_products();
-      if (kBuffers == 2 && b + 1 < kStepBlocks) {
-        decode<0>(slot, b + 1, next);
-        decode<1>(slot, b + 1, next);
-      }
+      if ((b + 1) % kAhead == 0 && b + 1 < kStepBlocks) load(slot, b + 1, bytes);
+      if (kBuffers == 2 && b + 1 < kStepBlocks) decode(bytes[(b + 1) % kAhead], next);
       const float scale_low = load_shared_float(scales_ + slot + b * 4);
       const float scale_high = load_shared_float(scales_ + slot + (8 * kStepBlocks + b) * 4);
       wait_for_products<0>();
       hold_registers(products_);
-      if (kBuffers == 1 && b + 1 < kStepBlocks) {
-        decode<0>(slot, b + 1, next);
-        decode<1>(slot, b + 1, next);
-      }
+      if (kBuffers == 1 && b + 1 < kStepBlocks) decode(bytes[(b + 1) % kAhead], next);
 #pragma unroll
       for (int c = 0; c < kTokens / 8; ++c) {
         sums_[4 * c] = fmaf(scale_low, products_[4 * c], sums_[4 * c]);
