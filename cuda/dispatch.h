@@ -63,10 +63,4 @@ void dispatch_block_size(int64_t block_size, Function&& f) {
   dispatch_constant<32, 64, 128, 256, 512, 1024, 2048, 4096>("dispatch_block_size", block_size, f);
 }
 
-// Rows of x that a fused kernel pads to.
-template <typename Function>
-void dispatch_tokens(int tokens, Function&& f) {
-  dispatch_constant<16, 32, 64, 128, 256>("dispatch_tokens", tokens, f);
-}
-
 }  // namespace qlora

@@ -4,10 +4,12 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <utility>
 
 #include "core/format.h"
+#include "cuda/device_guard.h"
 #include "cuda/error.h"
 
 namespace qlora {
@@ -27,6 +29,35 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int thre
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
+}
+
+struct LaunchShape {
+  unsigned blocks;
+  int threads;
+  int shared_bytes = 0;  // dynamic
+  int cluster = 1;       // blocks
+};
+
+// The same for a kernel that calls cudaGridDependencySynchronize before it reads or writes what kernels before it wrote
+// or read: from sm_90 on it is set up while they still run.
+template <typename... Parameters, typename... Arguments>
+void launch_early(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, const Device& device,
+                  cudaStream_t stream, Arguments&&... arguments) {
+  std::array<cudaLaunchAttribute, 2> attributes = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.blocks);
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes.data();
+  config.numAttrs = device.major < 9 ? 0 : shape.cluster > 1 ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
 }
 

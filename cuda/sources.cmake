@@ -6,6 +6,7 @@ target_sources(qlora PRIVATE
   cuda/device_guard.cpp
   cuda/device_info.cpp
   cuda/embedding.cu
+  cuda/gemm/add_products.cu
   cuda/gemm/cublas.cpp
   cuda/gemm/dense.cu
   cuda/gemm/naive.cu

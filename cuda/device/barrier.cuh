@@ -60,10 +60,21 @@ __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
       : "memory");
 }
 
-// A barrier of all threads of the cluster, which orders no memory operations.
-__device__ __forceinline__ void synchronize_cluster() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+// A named barrier of the block, 0 to 15, for kCount threads: waits for the others, or does not.
+template <int kCount>
+__device__ __forceinline__ void synchronize(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
 }
+template <int kCount>
+__device__ __forceinline__ void arrive_at(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
+}
+
+// A barrier of all threads of the cluster, which orders no memory operations: arrival, and the wait for the others.
+__device__ __forceinline__ void arrive_at_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
 // Registers a thread of the warpgroup that calls this: fewer than at launch, or more out of those that others gave up.
 template <int kCount, bool kIsMore>

@@ -21,15 +21,20 @@
 namespace qlora {
 
 // b in shared memory: its columns one after the other, 64 values (128 bytes) each, at a multiple of 1024 bytes, with
-// the 16-byte piece p of column c at place p ^ c % 8. Of the 64 values of a column a product takes 16: product j of the
-// four has the descriptor + j * kProductStep.
-__device__ __forceinline__ uint64_t describe_columns(const void* columns) {
-  constexpr uint64_t kEightColumns = uint64_t{1024 / 16} << 32;
-  constexpr uint64_t kSwizzle128Bytes = uint64_t{1} << 62;
-  constexpr uint64_t kIgnored = uint64_t{1} << 16;
-  return kSwizzle128Bytes | kEightColumns | kIgnored | (shared_address(columns) & 0x3FFFF) >> 4;
+// the 16-byte piece p of column c at place p ^ c % 8. It is described by the low half of a matrix descriptor, to which
+// offsets of 16 bytes may be added: of the 64 values of a column a product takes 16, the next kProductStep further.
+__device__ __forceinline__ uint32_t describe_columns(const void* columns) {
+  constexpr uint32_t kIgnored = 1 << 16;
+  return kIgnored | (shared_address(columns) & 0x3FFFF) >> 4;
 }
-constexpr uint64_t kProductStep = 32 / 16;
+constexpr int kProductStep = 32 / 16;
+
+// The whole descriptor.
+__device__ __forceinline__ uint64_t descriptor(uint32_t columns) {
+  constexpr uint32_t kEightColumns = 1024 / 16;
+  constexpr uint32_t kSwizzle128Bytes = 1u << 30;
+  return uint64_t{kSwizzle128Bytes | kEightColumns} << 32 | columns;
+}
 
 // What threads or their cp.async wrote to shared memory, and have been waited for, becomes visible to products.
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -69,7 +74,7 @@ __device__ __forceinline__ void hold_registers(float (&d)[kCount]) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32." TYPE \
                "." TYPE " {" QLORA_NUMBERS_##FLOATS "}, {" A "}, %" B ", p, 1, 1, 0;\n}"                              \
                : QLORA_FLOATS_##FLOATS(0)                                                                             \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(b)), "r"(static_cast<int>(accumulate)))
 #define QLORA_MULTIPLY_TYPE(TYPE)                                      \
   if constexpr (kCols == 16) {                                         \
     QLORA_MULTIPLY(TYPE, 16, 8, "%8, %9, %10, %11", "12", "13");       \
@@ -83,7 +88,7 @@ __device__ __forceinline__ void hold_registers(float (&d)[kCount]) {
   }
 
 template <typename T, int kCols>
-__device__ __forceinline__ void multiply(float (&d)[kCols / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+__device__ __forceinline__ void multiply(float (&d)[kCols / 2], const uint32_t (&a)[4], uint32_t b, bool accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
     QLORA_MULTIPLY_TYPE("f16")
   } else {

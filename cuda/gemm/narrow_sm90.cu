@@ -11,9 +11,7 @@
 //   decode   a packed byte to two values through PairTable, unscaled; the products of a block of 64 are summed from
 //            zero and then scaled, in fp32
 //   work     two pairs of warpgroups, 64 rows of W each; the pairs take turns at the steps
-//   sums     of the pairs in shared memory; of the parts, where tiles are fewer than multiprocessors, by add_parts,
-//   from
-//            fp32 parts in the workspace
+//   sums     of the pairs in shared memory; of the parts, where tiles are fewer than multiprocessors, by add_parts
 //
 // Rounding: see PairTable; fp32 sums; y.
 #include <algorithm>
@@ -28,10 +26,12 @@
 #include "cuda/device/unaligned.cuh"
 #include "cuda/device/wgmma.cuh"
 #include "cuda/dispatch.h"
+#include "cuda/gemm/add_products.h"
 #include "cuda/gemm/gemm.h"
+#include "cuda/gemm/product.cuh"
 #include "cuda/gemm/split.h"
 #include "cuda/gemm/step_scales.cuh"
-#include "cuda/gemm/store_product.cuh"
+#include "cuda/gemm/weight_operand.cuh"
 #include "cuda/launch.h"
 #include "cuda/remember.h"
 #include "cuda/tensor_map.h"
@@ -87,19 +87,15 @@ struct Arguments {
   Scales scales;
   float scale_factor;  // that the table asks for
   const void* x;
-  const void* bias;
-  void* y;
-  float* parts;  // null: y is written
+  ProductTarget y;
   int num_parts;
   int num_tiles;
   int part_steps;  // of a part, and one more of the first num_longer_parts
   int num_longer_parts;
-  int m;
   int rows;  // of the weight
   int cols;
   bool is_weight_aligned;   // packed to 16 bytes
   bool is_x_aligned;        // to 16 bytes
-  bool is_y_aligned;        // rows to 16 bytes
   bool are_scales_aligned;  // see StepScales
 };
 
@@ -113,16 +109,6 @@ struct Maps {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 enum NamedBarrier { kAllThreads, kAllScaleThreads, kInputWarps, kCopyWarps, kAllConsumers, kSecondPair };
-
-template <int kCount>
-__device__ __forceinline__ void synchronize(int barrier) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
-}
-
-template <int kCount>
-__device__ __forceinline__ void arrive_at(int barrier) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
-}
 
 struct Item {
   int first_row;
@@ -206,7 +192,7 @@ __device__ __noinline__ void copy_x_plainly(const Arguments& arguments, int step
     const int block = i / (kTokens * 8);
     const int token = i / 8 % kTokens;
     const int col = step * kStep + block * kBlockCols + i % 8 * 8;
-    const bool is_there = token < arguments.m && col < arguments.cols;
+    const bool is_there = token < arguments.y.m && col < arguments.cols;
     const auto* const row = static_cast<const uint8_t*>(arguments.x) + int64_t{token} * arguments.cols * 2;
     *reinterpret_cast<uint4*>(slot.input[block] + token * 128 + (i % 8 ^ token % 8) * 16) =
         is_there ? load_16_unaligned_bytes(row + col * 2) : make_uint4(0, 0, 0, 0);
@@ -293,40 +279,6 @@ class WeightCopies {
   const CUtensorMap& prefetch_map_;
 };
 
-// Exchanges bytes among the lanes of a quad. Lane i has bytes 8i..8i+7 of a row's 32, two words; it gets, in byte j of
-// low and high, byte i of lane j's words: of its columns' pairs those that the operand's layout gives to lane i.
-class QuadTranspose {
- public:
-  __device__ __forceinline__ QuadTranspose() {
-    const bool is_high = threadIdx.x % 4 / 2 != 0;
-    const bool is_odd = threadIdx.x % 2 != 0;
-    send_half_ = keep(is_high ? 0x5410 : 0x7632);
-    low_half_ = keep(is_high ? 0x3254 : 0x5410);
-    high_half_ = keep(is_high ? 0x3276 : 0x7610);
-    send_byte_ = keep(is_odd ? 0x6420 : 0x7531);
-    low_byte_ = keep(is_odd ? 0x3514 : 0x5240);
-    high_byte_ = keep(is_odd ? 0x3716 : 0x7260);
-  }
-  __device__ __forceinline__ uint2 operator()(uint2 words) const {
-    const uint32_t half = __shfl_xor_sync(0xFFFFFFFFu, __byte_perm(words.x, words.y, send_half_), 2);
-    const uint32_t low = __byte_perm(words.x, half, low_half_);
-    const uint32_t high = __byte_perm(words.y, half, high_half_);
-    const uint32_t byte = __shfl_xor_sync(0xFFFFFFFFu, __byte_perm(low, high, send_byte_), 1);
-    return make_uint2(__byte_perm(low, byte, low_byte_), __byte_perm(high, byte, high_byte_));
-  }
-
- private:
-  // Selectors: what goes to the lane two further, and what of each word becomes of that; the same for the next lane.
-  uint32_t send_half_;
-  uint32_t low_half_;
-  uint32_t high_half_;
-  uint32_t send_byte_;
-  uint32_t low_byte_;
-  uint32_t high_byte_;
-};
-
-using Fragments = uint32_t[4][4];  // of a lane for a block of 64 columns: 4 products of 16
-
 template <typename T, int kTokens>
 class Consumer {
  public:
@@ -335,12 +287,10 @@ class Consumer {
       : arguments_(arguments),
         slots_(slots),
         rest_(rest),
-        table_(table),
+        operand_(slots->weight, table, first_row()),
         pair_(keep(warpgroup() / 2)),
-        weight_(keep(shared_address(slots->weight) + row() * kRowBytes + threadIdx.x % 2 * 8)),
-        swizzle_(keep((threadIdx.x % 4 / 2 ^ row() % 8) * 16)),
-        scales_(keep(shared_address(slots->scales) + row() * kStepBlocks * 4)),
-        input_(static_cast<uint32_t>(describe_columns(slots->input))) {
+        scales_(keep(shared_address(slots->scales) + (first_row() + Operand::row()) * kStepBlocks * 4)),
+        input_(describe_columns(slots->input)) {
     place_.advance(static_cast<int>(pair_));
   }
 
@@ -366,62 +316,20 @@ class Consumer {
   }
 
  private:
-  static constexpr int kAhead = kTokens == 64 ? 2 : 4;  // blocks whose bytes are loaded at once
-  using Bytes = uint2[kAhead][2];
+  using Operand = WeightOperand<FixedPairTable<T, kReservedBytes>>;
   static constexpr int kBuffers = kTokens == 64 ? 1 : 2;  // with 2 the next block is decoded while products run
 
   static __device__ __forceinline__ int warpgroup() { return threadIdx.x / kWarpgroup - 1; }
-  static __device__ __forceinline__ int first_row_of_warp() {
-    return warpgroup() % 2 * 64 + threadIdx.x % kWarpgroup / 32 * 16;
-  }
-  // First of the two rows of the tile that the lane holds; the other is 8 further. The lanes that load at once, half a
-  // warp, have every second row: the swizzle then leads them to different banks.
-  static __device__ __forceinline__ int row() {
-    const int group = threadIdx.x % 32 / 4;
-    return first_row_of_warp() + group % 4 * 2 + group / 4;
-  }
-
-  // The lane's bytes of kAhead blocks from `block` on, for both of its rows.
-  __device__ __forceinline__ void load(uint32_t slot, int block, Bytes& bytes) const {
-#pragma unroll
-    for (int b = 0; b < kAhead; ++b) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        bytes[b][h] = load_shared_8_bytes(weight_ + slot + (((block + b) * 32) ^ swizzle_) + h * 8 * kRowBytes);
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < kAhead; ++b) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) bytes[b][h] = transpose_(bytes[b][h]);
-    }
-  }
-
-  __device__ __forceinline__ void decode(const uint2 (&bytes)[2], Fragments& a) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      a[0][h] = table_.template pair<0>(bytes[h].x);
-      a[0][2 + h] = table_.template pair<0>(bytes[h].y);
-      a[1][h] = table_.template pair<1>(bytes[h].x);
-      a[1][2 + h] = table_.template pair<1>(bytes[h].y);
-      a[2][h] = table_.template pair<2>(bytes[h].x);
-      a[2][2 + h] = table_.template pair<2>(bytes[h].y);
-      a[3][h] = table_.template pair<3>(bytes[h].x);
-      a[3][2 + h] = table_.template pair<3>(bytes[h].y);
-    }
-  }
-
-  static __device__ __forceinline__ uint64_t plus(uint32_t descriptor, uint32_t offset) {
-    return uint64_t{0x40000040} << 32 | (descriptor + offset);
+  // Of the warp, in a tile.
+  static __device__ __forceinline__ int first_row() {
+    return warpgroup() % 2 * 64 + threadIdx.x % kWarpgroup / 32 * kProductRows;
   }
 
   __device__ __forceinline__ void multiply_step() {
     const uint32_t slot = place_.stage() * static_cast<uint32_t>(sizeof(Slot<kTokens>));
     wait(rest_.full[place_.stage()], place_.parity());
     const uint32_t input = __shfl_sync(0xFFFFFFFFu, input_ + slot / 16, 0);
-    Bytes bytes;
-    load(slot, 0, bytes);
-    decode(bytes[0], a_[0]);
+    operand_.decode(slot, 0, a_[0]);
 #pragma unroll
     for (int b = 0; b < kStepBlocks; ++b) {
       Fragments& next = a_[(b + 1) % kBuffers];
@@ -429,16 +337,16 @@ class Consumer {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         multiply<T, kTokens>(products_, a_[b % kBuffers][j],
-                             plus(input, b * kTokens * (kBlockCols * 2 / 16) + j * kProductStep), j > 0);
+                             input + b * kTokens * (kBlockCols * 2 / 16) + j * kProductStep, j > 0);
       }
       commit_products();
-      if ((b + 1) % kAhead == 0 && b + 1 < kStepBlocks) load(slot, b + 1, bytes);
-      if (kBuffers == 2 && b + 1 < kStepBlocks) decode(bytes[(b + 1) % kAhead], next);
+      const bool has_next = b + 1 < kStepBlocks;
+      if (has_next && kBuffers == 2) operand_.decode(slot, b + 1, next);
       const float scale_low = load_shared_float(scales_ + slot + b * 4);
       const float scale_high = load_shared_float(scales_ + slot + (8 * kStepBlocks + b) * 4);
       wait_for_products<0>();
       hold_registers(products_);
-      if (kBuffers == 1 && b + 1 < kStepBlocks) decode(bytes[(b + 1) % kAhead], next);
+      if (has_next && kBuffers == 1) operand_.decode(slot, b + 1, next);
 #pragma unroll
       for (int c = 0; c < kTokens / 8; ++c) {
         sums_[4 * c] = fmaf(scale_low, products_[4 * c], sums_[4 * c]);
@@ -468,41 +376,21 @@ class Consumer {
   }
 
   __device__ __forceinline__ void store(const Item& item) const {
-    if (arguments_.parts != nullptr) return store_part(item);
-    const int n = item.first_row + row();
-    float bias[2] = {};
-    if (arguments_.bias != nullptr) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (n + 8 * h < arguments_.rows) bias[h] = to_float(static_cast<const T*>(arguments_.bias)[n + 8 * h]);
-      }
-    }
-    store_product<T, true, kTokens>(sums_, bias[0], bias[1], static_cast<T*>(arguments_.y), 0, arguments_.m,
-                                    item.first_row + first_row_of_warp(), arguments_.rows, arguments_.is_y_aligned,
-                                    rest_.staging[threadIdx.x / 32 % (kPairThreads / 32)]);
-  }
-
-  __device__ __forceinline__ void store_part(const Item& item) const {
-    const int n = item.first_row + row();
-#pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) {
-      const int token = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
-      const int col = n + i % 4 / 2 * 8;
-      if (token >= arguments_.m || col >= arguments_.rows) continue;
-      arguments_.parts[(int64_t{item.part} * arguments_.m + token) * arguments_.rows + col] = sums_[i];
+    const int first = item.first_row + first_row();
+    if (arguments_.y.parts != nullptr) {
+      store_part<kTokens>(sums_, arguments_.y, item.part, first, 0);
+    } else {
+      store_product<T, kTokens>(sums_, arguments_.y, first, 0, rest_.staging[threadIdx.x / 32 % (kPairThreads / 32)]);
     }
   }
 
   const Arguments& arguments_;
   Slot<kTokens>* slots_;
   Rest& rest_;
-  FixedPairTable<T, kReservedBytes> table_;
-  QuadTranspose transpose_;
+  Operand operand_;
   uint32_t pair_;
-  uint32_t weight_;  // shared addresses in the first slot: of the lane's 8 bytes of its row
-  uint32_t swizzle_;
-  uint32_t scales_;
-  uint32_t input_;  // low half of a descriptor
+  uint32_t scales_;  // shared address in the first slot, of those of the lane's first row
+  uint32_t input_;   // low half of a descriptor
   RingPlace<kSlots<kTokens>> place_;
   Fragments a_[kBuffers];
   float sums_[kTokens / 2];
@@ -598,7 +486,7 @@ bool supports_narrow_sm90(const Gemm& problem, const Device& device, std::string
 
 int64_t narrow_sm90_workspace_size(const Gemm& problem, const Device& device) {
   const int parts = num_parts_of(problem, device);
-  return parts == 1 ? 0 : parts * problem.m * problem.weight.rows * static_cast<int64_t>(sizeof(float));
+  return parts == 1 ? 0 : parts * num_part_floats(problem.m, problem.weight.rows) * static_cast<int64_t>(sizeof(float));
 }
 
 void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream) {
@@ -608,20 +496,21 @@ void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream)
   arguments.packed = static_cast<const uint8_t*>(weight.packed);
   arguments.scales = scales_of(weight);
   arguments.x = problem.input;
-  arguments.bias = problem.bias;
-  arguments.y = problem.output;
   arguments.num_parts = num_parts_of(problem, device);
   const int num_steps = static_cast<int>(ceil_div(weight.cols, kStep));
   arguments.num_tiles = static_cast<int>(ceil_div(weight.rows, kTile));
   arguments.part_steps = num_steps / arguments.num_parts;
   arguments.num_longer_parts = num_steps % arguments.num_parts;
-  arguments.parts = arguments.num_parts == 1 ? nullptr : static_cast<float*>(problem.workspace);
-  arguments.m = static_cast<int>(problem.m);
+  arguments.y = {problem.output,
+                 problem.bias,
+                 arguments.num_parts == 1 ? nullptr : static_cast<float*>(problem.workspace),
+                 static_cast<int>(problem.m),
+                 static_cast<int>(weight.rows),
+                 is_aligned(problem.output, 16) && weight.rows % 8 == 0};
   arguments.rows = static_cast<int>(weight.rows);
   arguments.cols = static_cast<int>(weight.cols);
   arguments.is_weight_aligned = is_aligned(weight.packed, 16);
   arguments.is_x_aligned = is_aligned(problem.input, 16);
-  arguments.is_y_aligned = is_aligned(problem.output, 16) && weight.rows % 8 == 0;
   arguments.are_scales_aligned = weight.block_size == kBlockCols && weight.cols % kStep == 0 &&
                                  is_aligned(weight.absmax_codes, 4) && is_aligned(weight.absmax, 16);
   Maps maps = {};
@@ -640,26 +529,16 @@ void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream)
           const auto* const pointer = reinterpret_cast<const void*>(kernel);
           allow_shared_bytes(device, pointer, kSharedBytes<tokens()>);
           if (arguments.is_x_aligned) maps.x = describe_matrix(problem.input, 2, 128, problem.m, weight.cols, tokens());
-          cudaLaunchAttribute attribute = {};
-          attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-          attribute.val.programmaticStreamSerializationAllowed = 1;
-          cudaLaunchConfig_t config = {};
-          config.gridDim =
-              dim3(grid_size(int64_t{arguments.num_tiles} * arguments.num_parts, 1, device.num_multiprocessors));
-          config.blockDim = dim3(kThreads);
-          config.dynamicSmemBytes = kSharedBytes<tokens()>;
-          config.stream = stream;
-          config.attrs = &attribute;
-          config.numAttrs = 1;
-          check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, maps, PairTable<T>::values(format)),
-                     "narrow_kernel");
+          const unsigned blocks =
+              grid_size(int64_t{arguments.num_tiles} * arguments.num_parts, 1, device.num_multiprocessors);
+          launch_early("narrow_kernel", kernel, LaunchShape{blocks, kThreads, kSharedBytes<tokens()>}, device, stream,
+                       arguments, maps, PairTable<T>::values(format));
         });
       });
     }
   });
   if (arguments.num_parts > 1) {
-    add_parts(arguments.parts, arguments.num_parts, problem.m, weight.rows, problem.bias, problem.output, problem.dtype,
-              device, stream);
+    add_products(arguments.y, arguments.num_parts, problem.dtype, device, stream);
   }
 }
 

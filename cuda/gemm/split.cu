@@ -78,21 +78,11 @@ void add_parts(const float* parts, int num_parts, int64_t m, int64_t width, cons
   dispatch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (!std::is_same_v<T, float>) {
-      cudaLaunchAttribute attribute = {};
-      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attribute.val.programmaticStreamSerializationAllowed = 1;
       const int64_t count = m * width;
       const bool is_vector = width % 4 == 0 && is_aligned(output, 8);
-      cudaLaunchConfig_t config = {};
-      config.gridDim = dim3(grid_size(count, kThreads * (is_vector ? 4 : 1)));
-      config.blockDim = dim3(kThreads);
-      config.stream = stream;
-      config.attrs = &attribute;
-      config.numAttrs = device.major >= 9 ? 1 : 0;
-      const auto kernel = is_vector ? add_parts_kernel<T, 4> : add_parts_kernel<T, 1>;
-      check_cuda(cudaLaunchKernelEx(&config, kernel, parts, num_parts, count, width, static_cast<const T*>(bias),
-                                    static_cast<T*>(output)),
-                 "add_parts_kernel");
+      launch_early("add_parts_kernel", is_vector ? add_parts_kernel<T, 4> : add_parts_kernel<T, 1>,
+                   LaunchShape{grid_size(count, kThreads * (is_vector ? 4 : 1)), kThreads}, device, stream, parts,
+                   num_parts, count, width, static_cast<const T*>(bias), static_cast<T*>(output));
     }
   });
 }

@@ -25,6 +25,7 @@ struct GradConfig {
   static constexpr int kCluster = cluster_of(kTokens);
   static constexpr int kInputStages = kTokens == 256 ? 3 : kTokens == 128 ? 4 : kMaxInputStages;
   static constexpr int kCols = kTokens / kShares;  // of a product
+  static constexpr bool kHasWholeSteps = false;
   static constexpr int kExchangeBytes = kGroups == 1 ? 0 : kTile * (kTokens / 2) * 4;
   static constexpr int kCopyRegisters = kConsumers == 512 ? 64 : 56;
   static constexpr int kRegisters = kConsumers == 512 ? 104 : 224;
@@ -54,7 +55,7 @@ __device__ __forceinline__ void load_transposed(uint32_t address, uint32_t (&wor
 
 // The 2 scales of each of a thread's rows of a step, on their way: load asks for them, store waits.
 template <bool kIsNested>
-class StepScales {
+class GradScales {
  public:
   __device__ __forceinline__ void load(const Arguments& arguments, int first, int step) {
     const int num_blocks = min(kTileBlocks, (arguments.cols - first + kBlockCols - 1) / kBlockCols);
@@ -169,7 +170,7 @@ class GradConsumer {
 
   // The warpgroup's blocks of a step, in halves; the next half is decoded while the tensor cores work.
   __device__ __forceinline__ void multiply_step(int step, const Item<Config::kCluster>& item) {
-    const int count = num_inputs(arguments_, step);
+    const int count = num_inputs<Config>(arguments_, step);
     if (step == item.step_begin) {
       rings_.wait_for_weight();
       if (group() < count) decode(group(), 0, a_[0]);
@@ -177,7 +178,7 @@ class GradConsumer {
     const bool is_last = step + 1 == item.step_end;
 #pragma unroll 1
     for (int block = group(); block < count; block += Config::kGroups) {
-      const uint64_t input = rings_.wait_for_input(block) + share() * (kCols * 128 / 16);
+      const uint32_t input = rings_.wait_for_input(block) + share() * (kCols * 128 / 16);
       start_products(a_[0], input);
       wait_for_products<1>();  // those of the half before, whose fragments and stage are free now
       if (held_input_ >= 0) rings_.release_input(held_input_);
@@ -192,7 +193,7 @@ class GradConsumer {
         rings_.release_weight();
         if (is_last) break;
         rings_.wait_for_weight();
-        if (group() < num_inputs(arguments_, step + 1)) decode(group(), 0, a_[0]);
+        if (group() < num_inputs<Config>(arguments_, step + 1)) decode(group(), 0, a_[0]);
       }
     }
     if (group() >= count) {  // The last step of all, and too short for this group.
@@ -201,7 +202,7 @@ class GradConsumer {
     rings_.advance_input(count);
   }
 
-  __device__ __forceinline__ void start_products(const Fragments& a, uint64_t input) {
+  __device__ __forceinline__ void start_products(const Fragments& a, uint32_t input) {
     fence_registers();
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -237,24 +238,25 @@ class GradConsumer {
   // A lane has columns 4g..4g+3 of its warp's 32.
   __device__ __forceinline__ void store(const Item<Config::kCluster>& item) const {
     const int col = item.first + warp() * 32 + rings_.lane() / 4 * 4;
-    if (col >= arguments_.width) return;
+    const ProductTarget& target = arguments_.target;
+    if (col >= target.width) return;
 #pragma unroll
     for (int i = 0; i < kCols / 4; ++i) {
       const int token = share() * kCols + i / 2 * 8 + rings_.lane() % 4 * 2 + i % 2;
-      if (token >= arguments_.m) continue;
+      if (token >= target.m) continue;
       const int low = i / 2 * 4 + i % 2;
       const float4 four = make_float4(sums_[0][low], sums_[0][low + 2], sums_[1][low], sums_[1][low + 2]);
-      if (arguments_.parts != nullptr) {
-        const int64_t index = (int64_t{item.part} * arguments_.m + token) * arguments_.width + col;
-        *reinterpret_cast<float4*>(arguments_.parts + index) = four;
+      if (target.parts != nullptr) {
+        const int64_t index = (int64_t{item.part} * target.m + token) * target.width + col;
+        *reinterpret_cast<float4*>(target.parts + index) = four;
       } else {
         T values[4] = {from_float<T>(four.x), from_float<T>(four.y), from_float<T>(four.z), from_float<T>(four.w)};
-        T* const target = static_cast<T*>(arguments_.output) + int64_t{token} * arguments_.width + col;
-        if (arguments_.is_output_aligned) {
-          *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(values);
+        T* const output = static_cast<T*>(target.output) + int64_t{token} * target.width + col;
+        if (target.is_aligned) {
+          *reinterpret_cast<uint2*>(output) = *reinterpret_cast<const uint2*>(values);
         } else {
 #pragma unroll
-          for (int j = 0; j < 4; ++j) target[j] = values[j];
+          for (int j = 0; j < 4; ++j) output[j] = values[j];
         }
       }
     }
@@ -285,6 +287,16 @@ struct Grad {
   using Config = GradConfig<kTokens>;
   using Table = FloatPairTable;
 
+  static int tokens_of(int64_t m) { return m <= 16 ? 16 : m <= 32 ? 32 : m <= 64 ? 64 : m <= 128 ? 128 : 256; }
+  template <typename Function>
+  static void dispatch_tokens(int64_t m, Function&& f) {
+    dispatch_constant<16, 32, 64, 128, 256>("wide_grad_sm90", tokens_of(m), f);
+  }
+  static int64_t num_part_floats(int64_t m, int64_t width) { return m * width; }
+  static void add(const ProductTarget& target, int num_parts, qlora_dtype dtype, const Device& device,
+                  cudaStream_t stream) {
+    add_parts(target.parts, num_parts, target.m, target.width, nullptr, target.output, dtype, device, stream);
+  }
   static float scale_factor(Format) { return 1.0f; }
   static CUtensorMap describe_weight(const qlora_weight_4bit& weight) {
     return describe_matrix(weight.packed, 1, kTileBytes, weight.rows, weight.cols / 2, kStep);
@@ -292,7 +304,7 @@ struct Grad {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   template <bool kIsNested>
-  using Scales = StepScales<kIsNested>;
+  using Scales = GradScales<kIsNested>;
   template <typename Config>
   using Consumer = GradConsumer<T, Config>;
 
@@ -322,7 +334,7 @@ bool supports_wide_grad_sm90(const Gemm& problem, const Device& device, std::str
 }
 
 int64_t wide_grad_sm90_workspace_size(const Gemm& problem, const Device& device) {
-  return workspace_size(problem, device);
+  return workspace_size<Grad>(problem, device);
 }
 
 void wide_grad_sm90(const Gemm& problem, const Device& device, cudaStream_t stream) {

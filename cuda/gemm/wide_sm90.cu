@@ -1,11 +1,13 @@
 // y = x W^T + bias for up to 256 rows of x on Hopper's wgmma (wide_sm90.cuh has the frame): the weight is read once
-// from HBM and decoded once, to the registers from which the tensor cores take it.
+// from HBM and decoded once, to the registers from which the tensor cores take it. Up to 64 rows narrow_sm90 is faster.
 //
-//   decode    lane i of a quad owns byte i of every 32-bit word of W, as the operand's layout and the order of x ask
+//   decode    see WeightOperand
 //   scale     the table's pair as it is: the products of 64 columns of W are summed from zero and then scaled, in fp32
-//   work      pairs of warpgroups, 64 rows of W each; of two pairs each takes every second block of 64 columns
+//   work      two warpgroups, 64 rows of W each, take turns at the tensor cores
 //
 // Rounding: see PairTable; fp32 sums; y.
+#include "cuda/gemm/add_products.h"
+#include "cuda/gemm/weight_operand.cuh"
 #include "cuda/gemm/wide_sm90.cuh"
 
 namespace qlora::wide {
@@ -13,17 +15,17 @@ namespace qlora::wide {
 template <int kTokenCount>
 struct ForwardConfig {
   static constexpr int kTokens = kTokenCount;
-  static constexpr int kPairs = kTokens <= 64 ? 2 : 1;  // of warpgroups that multiply
-  static constexpr int kConsumers = 2 * kPairs * kWarpgroup;
-  static constexpr int kReaders = 2 * kWarpgroup / 32;
+  static constexpr int kConsumers = 2 * kWarpgroup;
+  static constexpr int kReaders = kConsumers / 32;
   static constexpr int kCluster = cluster_of(kTokens);
-  static constexpr int kInputStages = kTokens == 256 ? 3 : kTokens == 128 ? 6 : kMaxInputStages;
-  static constexpr int kCols = kTokens < 128 ? kTokens : 128;  // of a product
+  static constexpr int kInputStages = kTokens == 256 ? 3 : kStepInputs;
+  static constexpr bool kHasWholeSteps = true;
+  static constexpr int kCols = 128;  // of a product
   static constexpr int kHalves = kTokens / kCols;
-  static constexpr int kBuffers = kTokens == 64 || kTokens == 256 ? 1 : 2;  // with 2 the next block is decoded ahead
-  static constexpr int kExchangeBytes = (kPairs - 1) * kTile * kTokens * 4;
-  static constexpr int kCopyRegisters = kPairs == 2 ? 64 : 56;
-  static constexpr int kRegisters = kPairs == 2 ? 104 : 224;
+  static constexpr int kBuffers = kTokens == 256 ? 1 : 2;  // with 2 the next block is decoded while products run
+  static constexpr int kExchangeBytes = 0;
+  static constexpr int kCopyRegisters = 56;
+  static constexpr int kRegisters = 224;
 };
 
 }  // namespace qlora::wide
@@ -35,127 +37,44 @@ using namespace wide;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A row's 4 scales of a step, on their way: load asks for them, store waits.
-template <bool kIsNested>
-class StepScales {
- public:
-  __device__ __forceinline__ void load(const Arguments& arguments, int first, int step) {
-    if (!arguments.are_scales_aligned) return;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int64_t block = (int64_t{row(arguments, first, i)} * arguments.cols + step * kStep) / kBlockCols;
-      if constexpr (kIsNested) {
-        codes_[i] = *reinterpret_cast<const uint32_t*>(arguments.scales.codes + block);
-        values_[i].x = arguments.scales.nested_absmax[block / kNestedBlockSize];
-      } else {
-        values_[i] = *reinterpret_cast<const float4*>(arguments.scales.absmax + block);
-      }
-    }
-  }
-
-  // To scales [kTile][4].
-  __device__ __forceinline__ void store(const Arguments& arguments, int first, int step, const float* nested_code,
-                                        float nested_offset, float* scales) const {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      float4 four = values_[i];
-      if (!arguments.are_scales_aligned) {
-        four = load_plainly(arguments, row(arguments, first, i), step);
-      } else if constexpr (kIsNested) {
-        const auto scale = [&](int b) {
-          return __fadd_rn(__fmul_rn(nested_code[codes_[i] >> b * 8 & 0xFF], values_[i].x), nested_offset);
-        };
-        four = make_float4(scale(0), scale(1), scale(2), scale(3));
-      }
-      const float factor = arguments.scale_factor;
-      reinterpret_cast<float4*>(scales)[threadIdx.x + i * kScaleThreads] =
-          make_float4(four.x * factor, four.y * factor, four.z * factor, four.w * factor);
-    }
-  }
-
- private:
-  static constexpr int kRows = kTile / kScaleThreads;
-
-  // Rows behind the last repeat it.
-  static __device__ __forceinline__ int row(const Arguments& arguments, int first, int i) {
-    return min(first + static_cast<int>(threadIdx.x) + i * kScaleThreads, arguments.rows - 1);
-  }
-
-  static __device__ __noinline__ float4 load_plainly(const Arguments& arguments, int row, int step) {
-    float scales[kStepInputs] = {};
-#pragma unroll
-    for (int i = 0; i < kStepInputs; ++i) {
-      const int col = step * kStep + i * kBlockCols;
-      if (col < arguments.cols) scales[i] = load_scale(arguments.scales, int64_t{row} * arguments.cols + col);
-    }
-    return make_float4(scales[0], scales[1], scales[2], scales[3]);
-  }
-
-  uint32_t codes_[kRows];
-  float4 values_[kRows];  // absmax; nested_absmax in x
-};
-
-// The operand fragments of a lane for a block of 64 columns: 4 products of 16.
-using Fragments = uint32_t[4][4];
-
 // A warpgroup that multiplies.
 template <typename T, typename Config>
 class ForwardConsumer {
  public:
   __device__ __forceinline__ ForwardConsumer(const Arguments& arguments, Shared& shared, const unsigned char* table,
-                                             const unsigned char* input_stages, float* exchange)
+                                             const unsigned char* input_stages, float*)
       : arguments_(arguments),
+        shared_(shared),
         rings_(shared, input_stages),
-        table_(table),
-        exchange_(exchange),
-        pair_(keep(warpgroup() / 2)),
-        selector_(keep(table_selector(threadIdx.x % 4))),
-        weight_(keep(shared_address(shared.weight[0].bytes) + row() * kRowBytes)),
-        scales_(keep(shared_address(shared.weight[0].scales) + row() * kStepInputs * 4)),
-        swizzle_(keep(threadIdx.x % 32 / 4 * 16)) {}
+        operand_(shared.weight[0].bytes, table, first_row()),
+        scales_(keep(shared_address(shared.weight[0].scales) + (first_row() + Operand::row()) * kStepInputs * 4)) {}
 
   __device__ __forceinline__ void run() {
-    if (Config::kPairs == 1 && warpgroup() == 1) give_turn();
+    if (warpgroup() == 1) give_turn();
     for_each_item<Config::kCluster>(arguments_, [&](const auto& item) {
 #pragma unroll
       for (auto& half : sums_) {
 #pragma unroll
         for (float& sum : half) sum = 0.0f;
       }
-      for (int step = item.step_begin; step < item.step_end; ++step) multiply_step(step, item);
-      if (Config::kPairs == 1 || exchange_sums()) store(item);
+      rings_.wait_for_weight();
+      operand_.decode(rings_.weight_offset(), 0, a_[0]);
+#pragma unroll 1
+      for (int step = item.step_begin; step < item.step_end; ++step) multiply_step(step + 1 == item.step_end);
+      store(item);
     });
-    if (Config::kPairs == 1 && warpgroup() == 0) wait_for_turn();
+    if (warpgroup() == 0) wait_for_turn();
   }
 
  private:
+  using Operand = WeightOperand<PairTable<T>>;
   static constexpr int kCols = Config::kCols;
-  static constexpr int kRowBytes = kStep / 2;  // of a stage; the 16-byte piece p of row r at place p ^ r % 8
+  static constexpr int kUnrolled = Config::kBuffers == 1 ? 1 : kStepInputs;  // registers are short
 
   static __device__ __forceinline__ int warpgroup() { return threadIdx.x / kWarpgroup - 1; }
-  __device__ __forceinline__ int pair() const { return Config::kPairs == 1 ? 0 : static_cast<int>(pair_); }
-  // First of the two rows of the tile that the lane holds; the other is 8 further.
-  static __device__ __forceinline__ int row() {
-    return warpgroup() % 2 * 64 + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
-  }
-
-  __device__ __forceinline__ float scale(int block, int half) const {
-    return load_shared_float(scales_ + rings_.weight_offset() + (half * 8 * kStepInputs + block) * 4);
-  }
-
-  __device__ __forceinline__ void decode(int block, Fragments& a) const {
-    const uint32_t source = weight_ + rings_.weight_offset() + ((block * 32) ^ swizzle_);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int p = 0; p < 2; ++p) {
-        const uint4 words = load_shared_16_bytes((source ^ p * 16) + h * 8 * kRowBytes);
-        a[2 * p][h] = table_.pair(words.x, selector_);
-        a[2 * p][2 + h] = table_.pair(words.y, selector_);
-        a[2 * p + 1][h] = table_.pair(words.z, selector_);
-        a[2 * p + 1][2 + h] = table_.pair(words.w, selector_);
-      }
-    }
+  // Of the warp, in a tile.
+  static __device__ __forceinline__ int first_row() {
+    return warpgroup() * 64 + threadIdx.x % kWarpgroup / 32 * kProductRows;
   }
 
   // Two warpgroups take turns at the tensor cores, so that one adds up its products while the other's are computed.
@@ -163,13 +82,13 @@ class ForwardConsumer {
   static __device__ __forceinline__ void give_turn() { arrive_at<2 * kWarpgroup>(kTurnOfSecond - warpgroup()); }
 
   // The products of a block of columns and of a half of x, from zero.
-  __device__ __forceinline__ void start_products(const Fragments& a, uint64_t x) {
-    if constexpr (Config::kPairs == 1) wait_for_turn();
+  __device__ __forceinline__ void start_products(const Fragments& a, uint32_t x) {
+    wait_for_turn();
     fence_registers();
 #pragma unroll
     for (int j = 0; j < 4; ++j) multiply<T, kCols>(products_, a[j], x + j * kProductStep, j > 0);
     commit_products();
-    if constexpr (Config::kPairs == 1) give_turn();
+    give_turn();
   }
 
   __device__ __forceinline__ void add_products(float (&sums)[kCols / 2], float scale_low, float scale_high) {
@@ -182,104 +101,62 @@ class ForwardConsumer {
     }
   }
 
-  // The warpgroup's blocks of a step: all, or of two pairs every second.
-  __device__ __forceinline__ void multiply_step(int step, const Item<Config::kCluster>& item) {
-    const int count = num_inputs(arguments_, step);
-    if (Config::kBuffers == 1 || step == item.step_begin) rings_.wait_for_weight();
-    if (Config::kBuffers == 2 && step == item.step_begin && pair() < count) decode(pair(), a_[0]);
-    const bool is_last = step + 1 == item.step_end;
-#pragma unroll 1
-    for (int block = pair(); block < count; block += Config::kPairs * Config::kBuffers) {
-      multiply_block<0>(block, count, is_last);
-      if constexpr (Config::kBuffers == 2) {
-        if (block + Config::kPairs < count) multiply_block<1>(block + Config::kPairs, count, is_last);
-      }
-    }
-    if (Config::kBuffers == 1 || pair() >= count) rings_.release_weight();
-    rings_.advance_input(count);
-  }
-
-  template <int kBuffer>
-  __device__ __forceinline__ void multiply_block(int block, int count, bool is_last) {
-    const float scale_low = scale(block, 0);
-    const float scale_high = scale(block, 1);
-    const int stage = rings_.input_stage(block);
-    if constexpr (Config::kBuffers == 1) decode(block, a_[0]);
-    const uint64_t x = rings_.wait_for_input(block);
-    start_products(a_[kBuffer], x);
-    if constexpr (Config::kBuffers == 2) decode_ahead(block + Config::kPairs, count, is_last, a_[1 - kBuffer]);
+  // The fragments of the step's first block are there, and at the end those of the next step's, if there is one.
+  __device__ __forceinline__ void multiply_step(bool is_last) {
+#pragma unroll kUnrolled
+    for (int block = 0; block < kStepInputs; ++block) {
+      Fragments& next = a_[(block + 1) % Config::kBuffers];
+      const uint32_t scales = scales_ + rings_.weight_offset() + block * 4;
+      const float scale_low = load_shared_float(scales);
+      const float scale_high = load_shared_float(scales + 8 * kStepInputs * 4);
+      const uint32_t x = __shfl_sync(0xFFFFFFFFu, rings_.wait_for_input(0), 0);
+      start_products(a_[block % Config::kBuffers], x);
+      if (Config::kBuffers == 2) decode_ahead(block + 1, is_last, next);
 #pragma unroll
-    for (int h = 0; h < Config::kHalves; ++h) {
-      wait_for_products<0>();
-      hold_registers(products_);
-      if (h == Config::kHalves - 1) rings_.release_input(stage);
-      add_products(sums_[h], scale_low, scale_high);
-      if (h < Config::kHalves - 1) start_products(a_[kBuffer], x + (h + 1) * (kCols * 128 / 16));
+      for (int h = 0; h < Config::kHalves; ++h) {
+        wait_for_products<0>();
+        hold_registers(products_);
+        if (h == Config::kHalves - 1) rings_.release_input(rings_.input_stage(0));
+        add_products(sums_[h], scale_low, scale_high);
+        if (h < Config::kHalves - 1) {
+          start_products(a_[block % Config::kBuffers], x + (h + 1) * (kCols * kBlockCols * 2 / 16));
+        }
+      }
+      if (Config::kBuffers == 1) decode_ahead(block + 1, is_last, next);
+      rings_.advance_input(1);
     }
   }
 
-  // A step of another number of blocks than kStepInputs is the last of its item: each begins with the first buffer.
-  __device__ __forceinline__ void decode_ahead(int block, int count, bool is_last, Fragments& a) {
-    if (block >= count) {
+  // The step's block, or of the next step, if there is one, the first.
+  __device__ __forceinline__ void decode_ahead(int block, bool is_last, Fragments& a) {
+    if (block == kStepInputs) {
       rings_.release_weight();
       if (is_last) return;
       rings_.wait_for_weight();
-      block = pair();
+      block = 0;
     }
-    decode(block, a);
-  }
-
-  // Adds the sums of the second pair to those of the first; false for the second, which has no more to do.
-  __device__ __forceinline__ bool exchange_sums() {
-    constexpr int kCount = 2 * kWarpgroup;
-    float* const place = exchange_ + (threadIdx.x - kWarpgroup) % kCount;
-    if (pair() == 1) {
-#pragma unroll
-      for (int i = 0; i < kCols / 2; ++i) place[i * kCount] = sums_[0][i];
-    }
-    synchronize<Config::kConsumers>(kAllConsumers);
-    if (pair() == 0) {
-#pragma unroll
-      for (int i = 0; i < kCols / 2; ++i) sums_[0][i] += place[i * kCount];
-    }
-    synchronize<Config::kConsumers>(kAllConsumers);
-    return pair() == 0;
+    operand_.decode(rings_.weight_offset(), block, a);
   }
 
   __device__ __forceinline__ void store(const Item<Config::kCluster>& item) const {
+    constexpr int kGroups = kCols / kProductTokens;
+    const int first = item.first + first_row();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int n = item.first + row() + 8 * half;
-      if (n >= arguments_.width) continue;
-      const bool has_bias = arguments_.parts == nullptr && arguments_.bias != nullptr;
-      const float bias = has_bias ? to_float(static_cast<const T*>(arguments_.bias)[n]) : 0.0f;
-#pragma unroll
-      for (int h = 0; h < Config::kHalves; ++h) {
-#pragma unroll
-        for (int i = 0; i < kCols / 4; ++i) {
-          const int token = h * kCols + i / 2 * 8 + rings_.lane() % 4 * 2 + i % 2;
-          if (token >= arguments_.m) continue;
-          const float sum = sums_[h][i / 2 * 4 + half * 2 + i % 2];
-          if (arguments_.parts != nullptr) {
-            arguments_.parts[(int64_t{item.part} * arguments_.m + token) * arguments_.width + n] = sum;
-          } else {
-            static_cast<T*>(arguments_.output)[int64_t{token} * arguments_.width + n] =
-                from_float<T>(has_bias ? sum + bias : sum);
-          }
-        }
+    for (int h = 0; h < Config::kHalves; ++h) {
+      if (arguments_.target.parts != nullptr) {
+        store_part<kCols>(sums_[h], arguments_.target, item.part, first, h * kGroups);
+      } else {
+        store_product<T, kCols>(sums_[h], arguments_.target, first, h * kGroups,
+                                shared_.staging[threadIdx.x / 32 - kWarpgroup / 32]);
       }
     }
   }
 
   const Arguments& arguments_;
+  Shared& shared_;
   Rings<Config> rings_;
-  PairTable<T> table_;
-  float* exchange_;
-  uint32_t pair_;
-  uint32_t selector_;
-  uint32_t weight_;   // shared addresses in the first stage of W: of the row's bytes
-  uint32_t scales_;   // and of its scales
-  uint32_t swizzle_;  // of the row
+  Operand operand_;
+  uint32_t scales_;  // shared address in the first stage, of those of the lane's first row
   Fragments a_[Config::kBuffers];
   float sums_[Config::kHalves][kCols / 2];
   float products_[kCols / 2];  // not yet scaled
@@ -297,6 +174,16 @@ struct Forward {
   using Config = ForwardConfig<kTokens>;
   using Table = PairTable<T>;
 
+  static int tokens_of(int64_t m) { return m <= 128 ? 128 : kMaxTokens; }
+  template <typename Function>
+  static void dispatch_tokens(int64_t m, Function&& f) {
+    dispatch_constant<128, kMaxTokens>("wide_sm90", tokens_of(m), f);
+  }
+  static int64_t num_part_floats(int64_t m, int64_t width) { return qlora::num_part_floats(m, width); }
+  static void add(const ProductTarget& target, int num_parts, qlora_dtype dtype, const Device& device,
+                  cudaStream_t stream) {
+    add_products(target, num_parts, dtype, device, stream);
+  }
   static float scale_factor(Format format) { return 1.0f / PairTable<T>::scale(format); }
   static CUtensorMap describe_weight(const qlora_weight_4bit& weight) {
     return describe_matrix(weight.packed, 1, kStep / 2, weight.rows, weight.cols / 2, kTile);
@@ -334,7 +221,9 @@ bool supports_wide_sm90(const Gemm& problem, const Device& device, std::string* 
   return supports<Forward>(problem, device, why_not);
 }
 
-int64_t wide_sm90_workspace_size(const Gemm& problem, const Device& device) { return workspace_size(problem, device); }
+int64_t wide_sm90_workspace_size(const Gemm& problem, const Device& device) {
+  return workspace_size<Forward>(problem, device);
+}
 
 void wide_sm90(const Gemm& problem, const Device& device, cudaStream_t stream) {
   run_wide<Forward>(problem, device, stream);

@@ -13,7 +13,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 
 #include "cuda/device/barrier.cuh"
@@ -24,7 +23,9 @@
 #include "cuda/device/wgmma.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/gemm/gemm.h"
+#include "cuda/gemm/product.cuh"
 #include "cuda/gemm/split.h"
+#include "cuda/gemm/step_scales.cuh"
 #include "cuda/launch.h"
 #include "cuda/remember.h"
 #include "cuda/tensor_map.h"
@@ -32,16 +33,15 @@
 
 namespace qlora::wide {
 
-inline constexpr int kWarpgroup = 128;  // threads
-inline constexpr int kTile = 128;       // columns of the output
-inline constexpr int kBlockCols = 64;   // columns of the weight that share a row's scale
-inline constexpr int kInputDepth = 64;  // of a stage of the input
-inline constexpr int kStepInputs = 4;
+inline constexpr int kWarpgroup = 128;     // threads
+inline constexpr int kTile = kScaledRows;  // columns of the output
+inline constexpr int kInputDepth = 64;     // of a stage of the input
+inline constexpr int kStepInputs = kStepBlocks;
 inline constexpr int kStep = kInputDepth * kStepInputs;  // depth of a stage of the weight
 inline constexpr int kMaxTokens = 256;
 inline constexpr int kWeightStages = 3;
 inline constexpr int kMaxInputStages = 8;
-inline constexpr int kScaleThreads = 64;
+inline constexpr int kFirstSteps = 2;  // whose bytes are asked for at once; more would keep the memory from the scales
 
 // Blocks of a cluster, which share the copies of the input: where there is much of it.
 constexpr int cluster_of(int tokens) { return tokens >= 64 ? 2 : 1; }
@@ -51,20 +51,17 @@ struct Arguments {
   Scales scales;
   float scale_factor;  // that the table asks for
   const void* input;
-  const void* bias;
-  void* output;
-  float* parts;  // null: output is written
+  ProductTarget target;
   int num_parts;
-  int m;
   int rows;  // of the weight
   int cols;
-  int width;
   int depth;
   bool is_weight_aligned;   // packed to 16 bytes
-  bool is_output_aligned;   // to 8 bytes
   bool is_input_aligned;    // rows to 16 bytes
   bool are_scales_aligned;  // 4 scales of a row: 4 or 16 aligned bytes in one nested block
 };
+
+inline constexpr int kMaxProductWarps = 8;  // that store the output through shared memory
 
 struct WeightStage {
   unsigned char bytes[kTile * kStep / 2];
@@ -80,6 +77,8 @@ struct Shared {
   Barrier weight_empty[kWeightStages];
   Barrier input_full[kMaxInputStages];
   Barrier input_empty[kMaxInputStages];
+  Barrier started;  // the first scales are there
+  alignas(16) unsigned char staging[kMaxProductWarps][kStoreBytes];
 };
 inline constexpr int kTableAlignment = PairTable<__half>::kBytes;
 inline constexpr int kReservedBytes = 1024;  // that CUDA puts before a block's shared memory
@@ -88,6 +87,8 @@ static_assert(FloatPairTable::kBytes == kTableAlignment);
 
 // A Config has kTokens, kCluster, kInputStages, kConsumers (threads that multiply), kReaders (warps that read an input
 // stage), kExchangeBytes, and the registers of threads that copy and multiply: together those of the launch.
+// kHasWholeSteps: input behind the last of the depth is copied too, as zeros, so that a step always has all stages of
+// the input.
 template <typename Config>
 inline constexpr int kThreads = kWarpgroup + Config::kConsumers;
 template <typename Config>
@@ -98,22 +99,22 @@ inline constexpr int kSharedBytes =
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Named barriers; 0 is __syncthreads.
-enum NamedBarrier { kAllConsumers = 1, kTurnOfFirst = 2, kTurnOfSecond = 3, kAllScaleThreads = 4 };
-
-template <int kCount>
-__device__ __forceinline__ void synchronize(int barrier) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
-}
-template <int kCount>
-__device__ __forceinline__ void arrive_at(int barrier) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kCount) : "memory");
-}
+enum NamedBarrier {
+  kAllThreads,
+  kAllConsumers,
+  kTurnOfFirst,
+  kTurnOfSecond,
+  kAllScaleThreads,
+  kInputWarps,
+  kCopyWarps
+};
 
 __device__ __forceinline__ int num_steps(const Arguments& arguments) { return (arguments.depth + kStep - 1) / kStep; }
 
 // Input stages of a step.
+template <typename Config>
 __device__ __forceinline__ int num_inputs(const Arguments& arguments, int step) {
+  if constexpr (Config::kHasWholeSteps) return kStepInputs;
   return min(kStepInputs, (arguments.depth - step * kStep + kInputDepth - 1) / kInputDepth);
 }
 
@@ -124,7 +125,7 @@ struct Items {
   int count;
 
   __device__ __forceinline__ explicit Items(const Arguments& arguments)
-      : num_groups((arguments.width + kTile * kCluster - 1) / (kTile * kCluster)),
+      : num_groups((arguments.target.width + kTile * kCluster - 1) / (kTile * kCluster)),
         count(num_groups * arguments.num_parts) {}
   static __device__ __forceinline__ int first() { return blockIdx.x / kCluster; }
   static __device__ __forceinline__ int stride() { return gridDim.x / kCluster; }
@@ -167,27 +168,43 @@ __device__ __noinline__ inline uint4 load_bytes(const void* address, int count) 
 
 // Warps 0 and 1: the scales of the weight, and its bytes where the tensor memory accelerator does not take them. Kind
 // has
-//   Row<kIsNested>::load(arguments, row, ..), the scales that a thread has asked for, and
+//   Scales<kIsNested>::load(arguments, first, step) and store(..), see StepScales
 //   copy_plainly(arguments, item.first, step, stage)
 template <typename Config, typename Kind, bool kIsNested>
 __device__ __forceinline__ void copy_scales(const Arguments& arguments, Shared& shared) {
+  using Cluster = Items<Config::kCluster>;
+  typename Kind::template Scales<kIsNested> scales;
+  cudaGridDependencySynchronize();
+  // All that is read first is asked for before any of it is waited for.
+  const Item<Config::kCluster> first(arguments, Cluster(arguments), Cluster::first());
+  scales.load(arguments, first.first, first.step_begin);
+  float4 codes = {};
   float nested_offset = 0.0f;
   if constexpr (kIsNested) {
+    codes = reinterpret_cast<const float4*>(arguments.scales.nested_code)[threadIdx.x];
     nested_offset = *arguments.scales.nested_offset;
-    for (int i = threadIdx.x; i < 256; i += kScaleThreads) shared.nested_code[i] = arguments.scales.nested_code[i];
+  }
+  synchronize<kScaleThreads + 2 * 32>(kCopyWarps);
+  arrive_at<kThreads<Config>>(kAllThreads);
+  if constexpr (kIsNested) {
+    reinterpret_cast<float4*>(shared.nested_code)[threadIdx.x] = codes;
     synchronize<kScaleThreads>(kAllScaleThreads);
   }
+  bool is_loaded = true;
+  bool is_first = true;
   RingPlace<kWeightStages> place;
   for_each_item<Config::kCluster>(arguments, [&](const auto& item) {
-    typename Kind::template Scales<kIsNested> scales;
-    scales.load(arguments, item.first, item.step_begin);
     for (int step = item.step_begin; step < item.step_end; ++step) {
       WeightStage& stage = shared.weight[place.stage()];
       wait(shared.weight_empty[place.stage()], place.free_parity());
+      if (!is_loaded) scales.load(arguments, item.first, step);
       scales.store(arguments, item.first, step, shared.nested_code, nested_offset, stage.scales);
-      if (step + 1 < item.step_end) scales.load(arguments, item.first, step + 1);
+      is_loaded = step + 1 < item.step_end;
+      if (is_loaded) scales.load(arguments, item.first, step + 1);
       if (!arguments.is_weight_aligned) Kind::copy_plainly(arguments, item.first, step, stage.bytes);
       arrive(shared.weight_full[place.stage()]);
+      if (is_first) arrive(shared.started);
+      is_first = false;
       place.advance();
     }
   });
@@ -195,22 +212,24 @@ __device__ __forceinline__ void copy_scales(const Arguments& arguments, Shared& 
 
 // Warp 3: the bytes of the weight.
 template <typename Config, typename Kind>
-__device__ __forceinline__ void copy_weight(const Arguments& arguments, const CUtensorMap& map, Shared& shared) {
-  if (threadIdx.x % 32 != 0) return;
-  if (arguments.is_weight_aligned) {
-    // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
-    const Items<Config::kCluster> items(arguments);
-    const Item<Config::kCluster> item(arguments, items, items.first());
-    for (int step = item.step_begin; step < min(item.step_begin + kWeightStages, item.step_end); ++step) {
-      prefetch_box_to_l2(map, Kind::box_col(item.first, step), Kind::box_row(item.first, step));
-    }
+__device__ __forceinline__ void prefetch_weight(const Arguments& arguments, const CUtensorMap& map) {
+  using Cluster = Items<Config::kCluster>;
+  if (!arguments.is_weight_aligned) return;
+  const Item<Config::kCluster> item(arguments, Cluster(arguments), Cluster::first());
+  for (int step = item.step_begin; step < min(item.step_begin + kFirstSteps, item.step_end); ++step) {
+    prefetch_box_to_l2(map, Kind::box_col(item.first, step), Kind::box_row(item.first, step));
   }
-  cudaGridDependencySynchronize();
+}
+
+template <typename Config, typename Kind>
+__device__ __forceinline__ void copy_weight(const Arguments& arguments, const CUtensorMap& map, Shared& shared) {
+  int count = 0;
   RingPlace<kWeightStages> place;
   for_each_item<Config::kCluster>(arguments, [&](const auto& item) {
     for (int step = item.step_begin; step < item.step_end; ++step) {
       WeightStage& stage = shared.weight[place.stage()];
       Barrier& full = shared.weight_full[place.stage()];
+      if (count++ == kFirstSteps) wait(shared.started, 0);
       wait(shared.weight_empty[place.stage()], place.free_parity());
       if (arguments.is_weight_aligned) {
         arrive_expecting(full, sizeof(stage.bytes));
@@ -235,7 +254,8 @@ __device__ __forceinline__ void copy_input(const Arguments& arguments, const CUt
   const int rank = static_cast<int>(blockIdx.x) % Config::kCluster;
   RingPlace<Config::kInputStages> place;
   for_each_item<Config::kCluster>(arguments, [&](const auto& item) {
-    const int end = min(item.step_end * kStep, arguments.depth);
+    const int steps_end = item.step_end * kStep;
+    const int end = Config::kHasWholeSteps ? steps_end : min(steps_end, arguments.depth);
     for (int begin = item.step_begin * kStep; begin < end; begin += kInputDepth) {
       unsigned char* const stage = stages + place.stage() * kInputStageBytes<Config>;
       Barrier& full = shared.input_full[place.stage()];
@@ -250,7 +270,7 @@ __device__ __forceinline__ void copy_input(const Arguments& arguments, const CUt
           const int token = i / 8;
           const int first = begin + i % 8 * 8;
           const auto* const row = static_cast<const uint8_t*>(arguments.input) + int64_t{token} * arguments.depth * 2;
-          const int count = token < arguments.m ? min(max(arguments.depth - first, 0), 8) * 2 : 0;
+          const int count = token < arguments.target.m ? min(max(arguments.depth - first, 0), 8) * 2 : 0;
           *reinterpret_cast<uint4*>(stage + token * 128 + (i % 8 ^ token % 8) * 16) =
               load_bytes(row + first * 2, count);
         }
@@ -290,12 +310,14 @@ class Rings {
   }
 
   // The descriptor of the step's input stage `index`, when it is there.
-  __device__ __forceinline__ uint64_t wait_for_input(int index) {
-    const auto place = input_place_.plus(index);
+  __device__ __forceinline__ uint32_t wait_for_input(int index) {
+    const auto place = index == 0 ? input_place_ : input_place_.plus(index);
     wait(shared_.input_full[place.stage()], place.parity());
     return input_ + place.stage() * (kInputStageBytes<Config> / 16);
   }
-  __device__ __forceinline__ int input_stage(int index) const { return input_place_.plus(index).stage(); }
+  __device__ __forceinline__ int input_stage(int index) const {
+    return index == 0 ? input_place_.stage() : input_place_.plus(index).stage();
+  }
   __device__ __forceinline__ void release_input(int stage) {
     __syncwarp();
     if constexpr (Config::kCluster == 1) {
@@ -308,7 +330,7 @@ class Rings {
 
  private:
   Shared& shared_;
-  uint64_t input_;
+  uint32_t input_;
   uint32_t lane_;
   RingPlace<kWeightStages> weight_place_;
   RingPlace<Config::kInputStages> input_place_;
@@ -322,43 +344,65 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   unsigned char* const table = shared_bytes + (kTableAlignment - shared_address(shared_bytes) % kTableAlignment);
   unsigned char* const input_stages = table + kTableAlignment;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kWeightStages; ++i) {
-      init_barrier(shared.weight_full[i], kScaleThreads + 1);
-      init_barrier(shared.weight_empty[i], Config::kConsumers);
-    }
-    for (int i = 0; i < Config::kInputStages; ++i) {
-      init_barrier(shared.input_full[i], 1);
-      init_barrier(shared.input_empty[i], Config::kCluster * Config::kReaders);
-    }
-    publish_barriers();
-  }
-  __syncthreads();
-  if constexpr (Config::kCluster > 1) synchronize_cluster();
-  if (threadIdx.x < kWarpgroup) {
+  constexpr bool kIsCluster = Config::kCluster > 1;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (kIsCluster && warp != 3) arrive_at_cluster();
+  if (warp < kWarpgroup / 32) {
     limit_registers<Config::kCopyRegisters, false>();
-    if (threadIdx.x < kScaleThreads) {
-      cudaGridDependencySynchronize();
+    if (warp < 2) {
       copy_scales<Config, Kind, kIsNested>(arguments, shared);
-    } else if (threadIdx.x < kScaleThreads + 32) {
+      if constexpr (kIsCluster) wait_for_cluster();
+    } else if (warp == 2) {
+      synchronize<2 * 32>(kInputWarps);
+      arrive_at<kScaleThreads + 2 * 32>(kCopyWarps);
+      arrive_at<kThreads<Config>>(kAllThreads);
+      if constexpr (kIsCluster) wait_for_cluster();
       cudaGridDependencySynchronize();
       copy_input<Config>(arguments, input_map, shared, input_stages);
+      __syncwarp();
     } else {
-      copy_weight<Config, Kind>(arguments, weight_map, shared);
+      const bool is_first = threadIdx.x % 32 == 0;
+      if (is_first) {
+        for (int i = 0; i < kWeightStages; ++i) {
+          init_barrier(shared.weight_full[i], kScaleThreads + 1);
+          init_barrier(shared.weight_empty[i], Config::kConsumers);
+        }
+        for (int i = 0; i < Config::kInputStages; ++i) {
+          init_barrier(shared.input_full[i], 1);
+          init_barrier(shared.input_empty[i], Config::kCluster * Config::kReaders);
+        }
+        init_barrier(shared.started, kScaleThreads);
+        publish_barriers();
+        // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
+        prefetch_weight<Config, Kind>(arguments, weight_map);
+      }
+      __syncwarp();
+      if constexpr (kIsCluster) arrive_at_cluster();
+      synchronize<2 * 32>(kInputWarps);
+      arrive_at<kScaleThreads + 2 * 32>(kCopyWarps);
+      arrive_at<kThreads<Config>>(kAllThreads);
+      cudaGridDependencySynchronize();
+      if (is_first) copy_weight<Config, Kind>(arguments, weight_map, shared);
+      __syncwarp();
+      if constexpr (kIsCluster) wait_for_cluster();
     }
   } else {
     limit_registers<Config::kRegisters, true>();
     Kind::Table::template fill<Config::kConsumers>(table, values, threadIdx.x - kWarpgroup);
-    synchronize<Config::kConsumers>(kAllConsumers);
+    synchronize<kThreads<Config>>(kAllThreads);
+    if constexpr (kIsCluster) wait_for_cluster();
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion();
     float* const exchange = reinterpret_cast<float*>(input_stages + Config::kInputStages * kInputStageBytes<Config>);
     typename Kind::template Consumer<Config> consumer(arguments, shared, table, input_stages, exchange);
     consumer.run();
+    __syncwarp();
   }
   // A block may leave only when none of its cluster copies to it any more.
-  __syncwarp();
-  if constexpr (Config::kCluster > 1) synchronize_cluster();
+  if constexpr (kIsCluster) {
+    arrive_at_cluster();
+    wait_for_cluster();
+  }
 }
 
 #endif
@@ -367,6 +411,8 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
 //   Config<kTokens>, Table                what is above
 //   scale_factor(format)                  by which the kernel multiplies scales
 //   describe_weight(weight)               the boxes in which the weight is copied
+//   tokens_of(m), dispatch_tokens(m, f)   kTokens for m rows of the input
+//   num_part_floats(m, width), add(..)    of a part of the output, and to add the parts up
 //   Scales, Consumer, box_col, box_row, copy_plainly    on the device, see copy_scales and run
 template <typename Kind, typename Config, bool kIsNested>
 __global__ __launch_bounds__(kThreads<Config>, 1) void wide_kernel(const __grid_constant__ Arguments arguments,
@@ -380,19 +426,13 @@ __global__ __launch_bounds__(kThreads<Config>, 1) void wide_kernel(const __grid_
 #endif
 }
 
-inline int tokens_of(int64_t m) {
-  for (int tokens : {16, 32, 64, 128}) {
-    if (m <= tokens) return tokens;
-  }
-  return kMaxTokens;
-}
-
 inline bool is_forward(const Gemm& problem) { return problem.direction == Direction::kForward; }
 inline int64_t width_of(const Gemm& problem) { return is_forward(problem) ? problem.weight.rows : problem.weight.cols; }
 inline int64_t depth_of(const Gemm& problem) { return is_forward(problem) ? problem.weight.cols : problem.weight.rows; }
 
-inline int num_parts_of(const Gemm& problem, const Device& device) {
-  const int cluster = cluster_of(tokens_of(problem.m));
+template <typename Kind>
+int num_parts_of(const Gemm& problem, const Device& device) {
+  const int cluster = cluster_of(Kind::tokens_of(problem.m));
   return best_num_parts(ceil_div(width_of(problem), kTile * cluster), ceil_div(depth_of(problem), kStep),
                         device.num_multiprocessors / cluster);
 }
@@ -412,42 +452,45 @@ bool supports(const Gemm& problem, const Device& device, std::string* why_not) {
   if (weight.rows < 1 || weight.rows > kMaxSize || weight.cols > kMaxSize)
     return refuse(why_not, "n, k: expected 1 to 2^30");
   using Any = Kind<__half>;
-  const auto* const any = reinterpret_cast<const void*>(wide_kernel<Any, typename Any::template Config<16>, true>);
+  const auto* const any =
+      reinterpret_cast<const void*>(wide_kernel<Any, typename Any::template Config<kMaxTokens>, true>);
   if (!is_compiled_for_sm90(device, any))
     return refuse(why_not, "expected a libqlora built for this GPU's architecture (QLORA_CUDA_ARCHS)");
   return true;
 }
 
-inline int64_t workspace_size(const Gemm& problem, const Device& device) {
-  const int parts = num_parts_of(problem, device);
-  return parts == 1 ? 0 : parts * problem.m * width_of(problem) * static_cast<int64_t>(sizeof(float));
+template <template <typename> typename Kind>
+int64_t workspace_size(const Gemm& problem, const Device& device) {
+  const int parts = num_parts_of<Kind<__half>>(problem, device);
+  return parts == 1 ? 0 : parts * Kind<__half>::num_part_floats(problem.m, width_of(problem)) * int64_t{sizeof(float)};
 }
 
-inline Arguments arguments_of(const Gemm& problem, const Device& device) {
+template <typename Kind>
+Arguments arguments_of(const Gemm& problem, const Device& device, Format format) {
   const qlora_weight_4bit& weight = problem.weight;
   Arguments arguments = {};
   arguments.packed = static_cast<const uint8_t*>(weight.packed);
   arguments.scales = scales_of(weight);
-  arguments.scale_factor = 1.0f;
+  arguments.scale_factor = Kind::scale_factor(format);
   arguments.input = problem.input;
-  arguments.bias = problem.bias;
-  arguments.output = problem.output;
-  arguments.num_parts = num_parts_of(problem, device);
-  arguments.parts = arguments.num_parts == 1 ? nullptr : static_cast<float*>(problem.workspace);
-  arguments.m = static_cast<int>(problem.m);
+  arguments.num_parts = num_parts_of<Kind>(problem, device);
+  arguments.target = {problem.output,
+                      problem.bias,
+                      arguments.num_parts == 1 ? nullptr : static_cast<float*>(problem.workspace),
+                      static_cast<int>(problem.m),
+                      static_cast<int>(width_of(problem)),
+                      is_aligned(problem.output, 16) && width_of(problem) % 8 == 0};
   arguments.rows = static_cast<int>(weight.rows);
   arguments.cols = static_cast<int>(weight.cols);
-  arguments.width = static_cast<int>(width_of(problem));
   arguments.depth = static_cast<int>(depth_of(problem));
   arguments.is_weight_aligned = is_aligned(weight.packed, 16);
-  arguments.is_output_aligned = is_aligned(problem.output, 8);
   arguments.is_input_aligned = is_aligned(problem.input, 16) && arguments.depth % 8 == 0;
   arguments.are_scales_aligned = weight.block_size == kBlockCols && weight.cols % (4 * kBlockCols) == 0 &&
                                  is_aligned(weight.absmax_codes, 4) && is_aligned(weight.absmax, 16);
   return arguments;
 }
 
-// Launches the kernel, and add_parts behind it where there are parts.
+// Launches the kernel, and the addition behind it where there are parts.
 template <typename Kind, typename Config, bool kIsNested>
 void launch(const Gemm& problem, const Device& device, const Arguments& arguments, const CUtensorMap& weight_map,
             const CodeValues& values, cudaStream_t stream) {
@@ -457,27 +500,12 @@ void launch(const Gemm& problem, const Device& device, const Arguments& argument
     input_map = describe_matrix(problem.input, 2, 128, problem.m, arguments.depth, Config::kTokens / Config::kCluster);
   }
   allow_shared_bytes(device, reinterpret_cast<const void*>(kernel), kSharedBytes<Config>);
-  std::array<cudaLaunchAttribute, 2> attributes = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = Config::kCluster;
-  attributes[1].val.clusterDim.y = 1;
-  attributes[1].val.clusterDim.z = 1;
-  const int64_t num_items = ceil_div(arguments.width, kTile * Config::kCluster) * arguments.num_parts;
-  const int64_t num_clusters = std::min<int64_t>(num_items, device.num_multiprocessors / Config::kCluster);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(num_clusters * Config::kCluster));
-  config.blockDim = dim3(kThreads<Config>);
-  config.dynamicSmemBytes = kSharedBytes<Config>;
-  config.stream = stream;
-  config.attrs = attributes.data();
-  config.numAttrs = static_cast<unsigned>(attributes.size());
-  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, weight_map, input_map, values), "wide_kernel");
-  if (arguments.num_parts > 1) {
-    add_parts(arguments.parts, arguments.num_parts, problem.m, arguments.width, problem.bias, problem.output,
-              problem.dtype, device, stream);
-  }
+  const int64_t num_items = ceil_div(arguments.target.width, kTile * Config::kCluster) * arguments.num_parts;
+  const unsigned num_clusters = grid_size(num_items, 1, device.num_multiprocessors / Config::kCluster);
+  launch_early("wide_kernel", kernel,
+               LaunchShape{num_clusters * Config::kCluster, kThreads<Config>, kSharedBytes<Config>, Config::kCluster},
+               device, stream, arguments, weight_map, input_map, values);
+  if (arguments.num_parts > 1) Kind::add(arguments.target, arguments.num_parts, problem.dtype, device, stream);
 }
 
 // As x of gemm.h.
@@ -485,15 +513,14 @@ template <template <typename> typename Kind>
 void run_wide(const Gemm& problem, const Device& device, cudaStream_t stream) {
   const qlora_weight_4bit& weight = problem.weight;
   const Format format = weight.format == QLORA_NF4 ? Format::kNF4 : Format::kFP4;
-  Arguments arguments = arguments_of(problem, device);
   dispatch_dtype(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (!std::is_same_v<T, float>) {
+      const Arguments arguments = arguments_of<Kind<T>>(problem, device, format);
       CUtensorMap weight_map = {};
       if (arguments.is_weight_aligned) weight_map = Kind<T>::describe_weight(weight);
-      arguments.scale_factor = Kind<T>::scale_factor(format);
       dispatch_bool(weight.absmax_codes != nullptr, [&](auto nested) {
-        dispatch_tokens(tokens_of(problem.m), [&](auto tokens) {
+        Kind<T>::dispatch_tokens(problem.m, [&](auto tokens) {
           using Config = typename Kind<T>::template Config<tokens()>;
           launch<Kind<T>, Config, nested()>(problem, device, arguments, weight_map, Kind<T>::Table::values(format),
                                             stream);
