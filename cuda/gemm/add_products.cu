@@ -5,9 +5,10 @@
 namespace qlora {
 namespace {
 
-constexpr int kThreads = 128;   // few, so that blocks fit beside those of the kernel that writes the parts
-constexpr int kMinBlocks = 16;  // a multiprocessor: as few registers
-constexpr int kLoads = 2;       // parts on their way at once
+// So few threads and registers that a block fits beside one of the kernel that writes the parts.
+constexpr int kThreads = 64;
+constexpr int kMinBlocks = 16;
+constexpr int kLoads = 4;  // parts on their way at once
 
 // Each warp 16 rows of the product by 16 tokens.
 template <typename T>

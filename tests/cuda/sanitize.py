@@ -107,13 +107,16 @@ def drive_fused_kernel(kernel: str) -> None:
         torch.cuda.synchronize()
 
 
-WIDE = ((3, 20, 50, 100, 200), ((1, 64), (264, 1088), (333, 1024)))
-# The last of a wide kernel's: more work items than multiprocessors.
+# The last of a wgmma kernel's: more work items than multiprocessors.
 FUSED: dict[str, tuple[tuple[tuple[int, ...], tuple[tuple[int, int], ...]], ...]] = {
     "skinny_sm80": (((3, 12, 30), ((1, 64), (264, 1088), (333, 4096), (5000, 320))),),
     "skinny_sm90": (((1, 8, 13), ((1, 256), (264, 4096), (40, 5120), (17, 16384))),),
-    "wide_sm90": (WIDE, ((20, 100), ((34000, 320),))),
-    "wide_grad_sm90": (WIDE, ((20, 100), ((320, 34048),))),
+    "narrow_sm90": (((3, 20, 50), ((1, 64), (264, 1088), (333, 1024))), ((20, 50), ((34000, 320),))),
+    "wide_sm90": (((3, 100, 200), ((1, 64), (264, 1088), (333, 1024))), ((100, 200), ((34000, 320),))),
+    "wide_grad_sm90": (
+        ((3, 20, 50, 100, 200), ((1, 64), (264, 1088), (333, 1024))),
+        ((20, 100), ((320, 34048),)),
+    ),
 }
 
 
@@ -122,7 +125,7 @@ def parts() -> dict[str, Callable[[], None]]:
     capability = torch.cuda.get_device_capability()
     kernels = ["skinny_sm80"]
     kernels += ["skinny_sm90"] if capability >= (9, 0) else []
-    kernels += ["wide_sm90", "wide_grad_sm90"] if capability == (9, 0) else []
+    kernels += ["narrow_sm90", "wide_sm90", "wide_grad_sm90"] if capability == (9, 0) else []
     return {
         "formats": drive_formats,
         "linears": drive_linears,

@@ -1,4 +1,4 @@
-"""wide_sm90, wide_grad_sm90 and skinny_sm80, the fused kernels that deal work items to blocks, on their own."""
+"""narrow_sm90, wide_sm90, wide_grad_sm90 and skinny_sm80, the fused kernels that deal work items to blocks, on their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora import ops
 pytestmark = pytest.mark.gpu
 
 # The most rows of each.
-MAX_ROWS = {"wide_sm90": 256, "wide_grad_sm90": 256, "skinny_sm80": 32}
+MAX_ROWS = {"narrow_sm90": 64, "wide_sm90": 256, "wide_grad_sm90": 256, "skinny_sm80": 32}
 # [n, k]: less than a tile and than a step; a step and a rest of 1, 2 and 3 blocks; tiles in pairs and not; many parts,
 # also of rows that no vector divides; more items than multiprocessors, of several steps and a rest each.
 SHAPES = (
@@ -43,7 +43,7 @@ QUANTS = (
 def require(name: str) -> None:
     """A skip with the reason where the GPU has not what the kernel needs."""
     if name != "skinny_sm80" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the wide kernels need compute capability 9.0")
+        pytest.skip("the wgmma kernels need compute capability 9.0")
 
 
 @pytest.fixture(params=MAX_ROWS)
@@ -88,7 +88,15 @@ def test_fused_equals_float64_product_of_the_exact_weight(
 
 
 @pytest.mark.parametrize(
-    ("name", "m"), [("wide_sm90", 20), ("wide_sm90", 200), ("skinny_sm80", 3), ("skinny_sm80", 20)]
+    ("name", "m"),
+    [
+        ("narrow_sm90", 7),
+        ("narrow_sm90", 40),
+        ("wide_sm90", 20),
+        ("wide_sm90", 200),
+        ("skinny_sm80", 3),
+        ("skinny_sm80", 20),
+    ],
 )
 @pytest.mark.parametrize("shape", [(1000, 1024), (333, 4096), (5000, 4096), (16000, 256)])
 def test_bias_is_added_before_the_result_is_rounded(
@@ -159,11 +167,13 @@ def test_rows_behind_the_last_of_the_weight_do_not_matter(fused: str) -> None:
     assert_bitwise_equal(call(fused, x, (longer, scales, shape), form), expected)
 
 
-def test_workspace_is_what_the_parts_take(kernel) -> None:
-    require("wide_sm90")
+@pytest.mark.parametrize(("name", "m"), [("narrow_sm90", 20), ("wide_sm90", 100)])
+def test_workspace_is_what_the_parts_take(kernel, name: str, m: int) -> None:
+    require(name)
     torch.cuda.init()
-    kernel("wide_sm90")
-    size = c_library.workspace_size(c_library.describe_weight(1024, 4096), 100, torch.bfloat16)
+    kernel(name)
+    size = c_library.workspace_size(c_library.describe_weight(1000, 4096), m, torch.bfloat16)
     assert size > 0
-    assert size % (100 * 1024 * 4) == 0
-    assert c_library.workspace_size(c_library.describe_weight(1 << 17, 4096), 100, torch.bfloat16) == 0
+    rounded = -(-m // 16) * 16 * (-(-1000 // 16) * 16)  # whole products of 16 rows by 16 tokens
+    assert size % (rounded * 4) == 0
+    assert c_library.workspace_size(c_library.describe_weight(1 << 17, 4096), m, torch.bfloat16) == 0
