@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # In the order in which they are tried.
-FUSED = ("skinny_sm90", "wide_sm90", "wide_grad_sm90", "skinny_sm80")
+FUSED = ("skinny_sm90", "narrow_sm90", "wide_sm90", "wide_grad_sm90", "skinny_sm80")
 # [n, k]: whole chunks, a rest, rows that no chunk fits evenly, straddling rows of odd length, one row, one column.
 SHAPES = ((1024, 512), (768 + 64, 320), (300, 776), (37, 77), (1, 64), (70, 1))
 
@@ -181,12 +181,19 @@ def test_explain_names_the_kernel_and_the_reasons_of_those_before_it(kernel) -> 
     if torch.cuda.get_device_capability() == (9, 0):
         assert reasons == [
             "skinny_sm90: m: expected 1 to 16",
+            "narrow_sm90: m: expected 1 to 64",
             "wide_sm90: m: expected 1 to 256",
             "wide_grad_sm90: expected the input gradient",
             "skinny_sm80: m: expected 1 to 32",
         ]
         assert c_library.explain(weight, 16, torch.bfloat16).endswith(": skinny_sm90")
-        assert c_library.explain(weight, 17, torch.bfloat16).splitlines()[0].endswith(": wide_sm90")
+        for m, name in ((17, "narrow_sm90"), (64, "narrow_sm90"), (65, "wide_sm90")):
+            assert c_library.explain(weight, m, torch.bfloat16).splitlines()[0].endswith(f": {name}")
+        deep = c_library.describe_weight(4096, 14336)
+        assert c_library.explain(deep, 8, torch.bfloat16).endswith(": skinny_sm90")
+        first, reason = c_library.explain(deep, 16, torch.bfloat16).splitlines()
+        assert first.endswith(": narrow_sm90")
+        assert reason == "skinny_sm90: another is faster"
     kernel("naive")
     first, *reasons = c_library.explain(weight, 4, torch.bfloat16).splitlines()
     assert first.endswith(": naive")
@@ -211,7 +218,7 @@ def test_unknown_kernel_is_an_error_with_the_names(kernel) -> None:
     args, form, _ = quantized(64, 64, torch.bfloat16, False)
     with pytest.raises(
         RuntimeError,
-        match="QLORA_LINEAR_KERNEL: expected one of skinny_sm90, wide_sm90, wide_grad_sm90, skinny_sm80, dense, naive, got fastest",
+        match="QLORA_LINEAR_KERNEL: expected one of skinny_sm90, narrow_sm90, wide_sm90, wide_grad_sm90, skinny_sm80, dense, naive, got fastest",
     ):
         ops.linear_4bit(randn(2, 64, dtype=torch.bfloat16, seed=0), *args, **form)
 
