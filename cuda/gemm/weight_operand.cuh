@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/device/numeric.cuh"
 #include "cuda/device/shared.cuh"
 #include "cuda/gemm/product.cuh"
 
@@ -48,8 +49,7 @@ class QuadTranspose {
 // The operand of a lane for a block of 64 columns: 4 products of 16.
 using Fragments = uint32_t[4][4];
 
-// Rows of 256 columns in shared memory, 128 bytes each, the 16-byte piece p of row r at place p ^ r % 8. The table is a
-// PairTable or FixedPairTable.
+// Rows of 256 columns in shared memory, 128 bytes each, the 16-byte piece p of row r at place p ^ r % 8.
 template <typename Table>
 class WeightOperand {
  public:
@@ -63,12 +63,11 @@ class WeightOperand {
   // have every second row: the swizzle then leads them to different banks.
   static __device__ __forceinline__ int row() { return dealt_row(threadIdx.x % 32 / 4); }
 
-  // `offset` in bytes leads to a stage other than the first.
+  // The table's values; `offset` in bytes leads to a stage other than the first.
   __device__ __forceinline__ void decode(uint32_t offset, int block, Fragments& a) const {
-    const uint32_t source = row_ + offset + ((block * 32) ^ swizzle_);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint2 bytes = transpose_(load_shared_8_bytes(source + h * 8 * kRowBytes));
+      const uint2 bytes = load(offset, block, h);
       a[0][h] = table_.template pair<0>(bytes.x);
       a[0][2 + h] = table_.template pair<0>(bytes.y);
       a[1][h] = table_.template pair<1>(bytes.x);
@@ -80,8 +79,37 @@ class WeightOperand {
     }
   }
 
+  // The table's values times their row's scale in fp32, rounded to T.
+  template <typename T>
+  __device__ __forceinline__ void decode_scaled(uint32_t offset, int block, const float (&scales)[2],
+                                                Fragments& a) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint2 bytes = load(offset, block, h);
+      a[0][h] = scaled<T, 0>(bytes.x, scales[h]);
+      a[0][2 + h] = scaled<T, 0>(bytes.y, scales[h]);
+      a[1][h] = scaled<T, 1>(bytes.x, scales[h]);
+      a[1][2 + h] = scaled<T, 1>(bytes.y, scales[h]);
+      a[2][h] = scaled<T, 2>(bytes.x, scales[h]);
+      a[2][2 + h] = scaled<T, 2>(bytes.y, scales[h]);
+      a[3][h] = scaled<T, 3>(bytes.x, scales[h]);
+      a[3][2 + h] = scaled<T, 3>(bytes.y, scales[h]);
+    }
+  }
+
  private:
   static constexpr int kRowBytes = 128;
+
+  // Of the lane's row `h`.
+  __device__ __forceinline__ uint2 load(uint32_t offset, int block, int h) const {
+    return transpose_(load_shared_8_bytes(row_ + offset + ((block * 32) ^ swizzle_) + h * 8 * kRowBytes));
+  }
+  template <typename T, int kByte>
+  __device__ __forceinline__ uint32_t scaled(uint32_t word, float scale) const {
+    const float2 values = table_.template floats<kByte>(word);
+    const float products[2] = {values.x * scale, values.y * scale};
+    return Word<T>::pack(products);
+  }
 
   QuadTranspose transpose_;
   Table table_;

@@ -99,15 +99,7 @@ inline constexpr int kSharedBytes =
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-enum NamedBarrier {
-  kAllThreads,
-  kAllConsumers,
-  kTurnOfFirst,
-  kTurnOfSecond,
-  kAllScaleThreads,
-  kInputWarps,
-  kCopyWarps
-};
+enum NamedBarrier { kAllThreads, kAllConsumers, kAllScaleThreads, kInputWarps, kCopyWarps };
 
 __device__ __forceinline__ int num_steps(const Arguments& arguments) { return (arguments.depth + kStep - 1) / kStep; }
 
