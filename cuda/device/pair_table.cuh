@@ -88,10 +88,9 @@ class PairTable {
     asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(__byte_perm(word, lane_address_, selector)));
     return pair;
   }
-  template <int kByte>
-  __device__ __forceinline__ float2 floats(uint32_t word) const {
+  __device__ __forceinline__ float2 floats(uint32_t word, uint32_t selector) const {
     float values[2];
-    Word<T>::unpack(pair<kByte>(word), values);
+    Word<T>::unpack(pair(word, selector), values);
     return make_float2(values[0], values[1]);
   }
 
@@ -168,11 +167,7 @@ class FloatPairTable {
   // The factor of the table's values.
   static __host__ __device__ constexpr float scale(Format) { return 1.0f; }
 
-  template <int kByte>
-  __device__ __forceinline__ float2 floats(uint32_t word) const {
-    return pair(word, table_selector(kByte));
-  }
-  __device__ __forceinline__ float2 pair(uint32_t word, uint32_t selector) const {
+  __device__ __forceinline__ float2 floats(uint32_t word, uint32_t selector) const {
     float2 pair;
     asm("ld.shared.v2.f32 {%0, %1}, [%2];"
         : "=f"(pair.x), "=f"(pair.y)

@@ -347,13 +347,7 @@ class Consumer {
       wait_for_products<0>();
       hold_registers(products_);
       if (has_next && kBuffers == 1) operand_.decode(slot, b + 1, next);
-#pragma unroll
-      for (int c = 0; c < kTokens / 8; ++c) {
-        sums_[4 * c] = fmaf(scale_low, products_[4 * c], sums_[4 * c]);
-        sums_[4 * c + 1] = fmaf(scale_low, products_[4 * c + 1], sums_[4 * c + 1]);
-        sums_[4 * c + 2] = fmaf(scale_high, products_[4 * c + 2], sums_[4 * c + 2]);
-        sums_[4 * c + 3] = fmaf(scale_high, products_[4 * c + 3], sums_[4 * c + 3]);
-      }
+      add_scaled(sums_, products_, scale_low, scale_high);
     }
   }
 

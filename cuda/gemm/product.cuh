@@ -42,6 +42,14 @@ __device__ __forceinline__ float4* find_part(const ProductTarget& target, int pa
   return reinterpret_cast<float4*>(target.parts) + place * (kProductRows * kProductTokens / 4) + threadIdx.x % 32;
 }
 
+// sums += products of a block of columns that share a row's scale, low of the lane's first row, high of its second.
+template <int kCount>
+__device__ __forceinline__ void add_scaled(float (&sums)[kCount], const float (&products)[kCount], float low,
+                                           float high) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sums[i] = fmaf(i % 4 < 2 ? low : high, products[i], sums[i]);
+}
+
 // 4 matrices of 8 x 8 values of 16 bits, each transposed: lane 8 j + r gives the address of column r of matrix j.
 __device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&words)[4]) {
 #if __CUDA_ARCH__ >= 900

@@ -106,7 +106,7 @@ class WeightOperand {
   }
   template <typename T, int kByte>
   __device__ __forceinline__ uint32_t scaled(uint32_t word, float scale) const {
-    const float2 values = table_.template floats<kByte>(word);
+    const float2 values = table_.floats(word, table_selector(kByte));
     const float products[2] = {values.x * scale, values.y * scale};
     return Word<T>::pack(products);
   }

@@ -3,12 +3,13 @@
 //
 //   transpose  ldmatrix deals the packed bytes such that a lane holds bytes 2g and 2g + 1 of rows 2i and 2i + 1 of W
 //              (g = lane / 4, i = lane % 4): columns 4g..4g+3 of dx for two neighbouring values of n
-//   decode     fp32 values of a byte's pair, each scaled with its row's scale and rounded with its neighbour in n; the
+//   decode     the two values of a byte in fp32, each scaled with its row's scale and rounded with its neighbour in n;
+//   the
 //              sum runs over n, so no scale can wait until after it
 //   work       a warpgroup multiplies all 128 columns, two operands of 64, by the tokens; warpgroups take turns at
 //              blocks of 64 values of n and add up in shared memory at the end; with 256 tokens they have 128 each
 //
-// Rounding: weights to the dtype, as dequantize_4bit rounds them; fp32 sums; dx.
+// Rounding: of weights see ScaledWeightTable; fp32 sums; dx.
 #include "cuda/gemm/wide_sm90.cuh"
 
 namespace qlora::wide {
@@ -87,7 +88,8 @@ class GradScales {
         if constexpr (kIsNested) {
           scale = __fadd_rn(__fmul_rn(nested_code[codes_[i][b]], scale), nested_offset);
         }
-        scales[b * kStep + threadIdx.x + i * kScaleThreads] = row(step, i) < arguments.rows ? scale : 0.0f;
+        scales[b * kStep + threadIdx.x + i * kScaleThreads] =
+            row(step, i) < arguments.rows ? scale * arguments.scale_factor : 0.0f;
       }
     }
   }
@@ -157,8 +159,8 @@ class GradConsumer {
         const uint32_t word = words[2 * j + eight];
 #pragma unroll
         for (int operand = 0; operand < 2; ++operand) {
-          const float2 even = table_.pair(word, table_selector(operand));
-          const float2 odd = table_.pair(word, table_selector(operand + 2));
+          const float2 even = table_.floats(word, table_selector(operand));
+          const float2 odd = table_.floats(word, table_selector(operand + 2));
           const float first[2] = {even.x * scale.x, odd.x * scale.y};
           const float second[2] = {even.y * scale.x, odd.y * scale.y};
           a[j][operand][2 * eight] = Word<T>::pack(first);
@@ -264,7 +266,7 @@ class GradConsumer {
 
   const Arguments& arguments_;
   Rings<Config> rings_;
-  FloatPairTable table_;
+  ScaledWeightTable<T> table_;
   float* exchange_;
   uint32_t group_;
   uint32_t share_;
@@ -285,7 +287,8 @@ template <typename T>
 struct Grad {
   template <int kTokens>
   using Config = GradConfig<kTokens>;
-  using Table = FloatPairTable;
+  template <typename Config>
+  using Table = ScaledWeightTable<T>;
 
   static int tokens_of(int64_t m) { return m <= 16 ? 16 : m <= 32 ? 32 : m <= 64 ? 64 : m <= 128 ? 128 : 256; }
   template <typename Function>
@@ -297,7 +300,6 @@ struct Grad {
                   cudaStream_t stream) {
     add_parts(target.parts, num_parts, target.m, target.width, nullptr, target.output, dtype, device, stream);
   }
-  static float scale_factor(Format) { return 1.0f; }
   static CUtensorMap describe_weight(const qlora_weight_4bit& weight) {
     return describe_matrix(weight.packed, 1, kTileBytes, weight.rows, weight.cols / 2, kStep);
   }

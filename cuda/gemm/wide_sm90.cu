@@ -1,12 +1,15 @@
 // y = x W^T + bias for up to 256 rows of x on Hopper's wgmma (wide_sm90.cuh has the frame): the weight is read once
 // from HBM and decoded once, to the registers from which the tensor cores take it. Up to 64 rows narrow_sm90 is faster.
 //
-//   decode    see WeightOperand: values times their scale, in fp32, rounded; a block of 64 columns ahead of the tensor
-//             cores, which sum without a pause
-//   work      two warpgroups, 64 rows of W each
+//   work      two warpgroups, 64 rows of W each; of W the next block of 64 columns is decoded (WeightOperand) while the
+//             tensor cores work
+//   scale     up to 128 rows of x that of the products of a block, summed from zero, in fp32; the warpgroups take turns
+//             at the tensor cores, so that one adds up its products while the other's are computed. Of more rows there
+//             are more products than weights: then that of the weights, and the tensor cores sum without a pause.
+//             (Measured on an H100, 14336 x 4096: products 32.1 and 61.6 µs at 128 and 256 rows, weights 34.9
+//             and 53.3.)
 //
-// Rounding: weights to the dtype, in bf16 from a table of fp16 whose error adds nothing (0.008 % to 0.17 %, rms), in
-// fp16 from exact values, as dequantize_4bit rounds them; fp32 sums; y.
+// Rounding: of products see PairTable, of weights ScaledWeightTable; fp32 sums; y.
 #include "cuda/gemm/add_products.h"
 #include "cuda/gemm/weight_operand.cuh"
 #include "cuda/gemm/wide_sm90.cuh"
@@ -23,6 +26,7 @@ struct ForwardConfig {
   static constexpr bool kHasWholeSteps = true;
   static constexpr int kCols = 128;  // of a product
   static constexpr int kHalves = kTokens / kCols;
+  static constexpr bool kScalesWeights = kTokens == 256;
   static constexpr int kExchangeBytes = 0;
   static constexpr int kCopyRegisters = 56;
   static constexpr int kRegisters = 224;
@@ -35,8 +39,8 @@ namespace {
 
 using namespace wide;
 
-template <typename T>
-using ForwardTable = std::conditional_t<std::is_same_v<T, __half>, FloatPairTable, PairTable<__half>>;
+template <typename T, typename Config>
+using ForwardTable = std::conditional_t<Config::kScalesWeights, ScaledWeightTable<T>, PairTable<T>>;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -53,6 +57,7 @@ class ForwardConsumer {
         scales_(keep(shared_address(shared.weight[0].scales) + (first_row() + Operand::row()) * kStepInputs * 4)) {}
 
   __device__ __forceinline__ void run() {
+    if (!kScalesWeights && warpgroup() == 1) give_turn();
     for_each_item<Config::kCluster>(arguments_, [&](const auto& item) {
 #pragma unroll
       for (auto& half : sums_) {
@@ -63,18 +68,23 @@ class ForwardConsumer {
       decode(0, a_[0]);
 #pragma unroll 1
       for (int step = item.step_begin; step < item.step_end; ++step) multiply_step(step + 1 == item.step_end);
-      wait_for_products<0>();
+      if constexpr (kScalesWeights) {
+        wait_for_products<0>();
 #pragma unroll
-      for (auto& half : sums_) hold_registers(half);
-      rings_.release_input(held_input_);
-      held_input_ = -1;
+        for (auto& half : sums_) hold_registers(half);
+        rings_.release_input(held_input_);
+        held_input_ = -1;
+      }
       store(item);
     });
+    if (!kScalesWeights && warpgroup() == 0) wait_for_turn();
   }
 
  private:
-  using Operand = WeightOperand<ForwardTable<T>>;
+  using Operand = WeightOperand<ForwardTable<T, Config>>;
   static constexpr int kCols = Config::kCols;
+  static constexpr bool kScalesWeights = Config::kScalesWeights;
+  static_assert(kScalesWeights || Config::kHalves == 1);
 
   static __device__ __forceinline__ int warpgroup() { return threadIdx.x / kWarpgroup - 1; }
   // Of the warp, in a tile.
@@ -82,34 +92,64 @@ class ForwardConsumer {
     return warpgroup() * 64 + threadIdx.x % kWarpgroup / 32 * kProductRows;
   }
 
-  // The step's block `block`.
-  __device__ __forceinline__ void decode(int block, Fragments& a) const {
+  static __device__ __forceinline__ void wait_for_turn() { synchronize<2 * kWarpgroup>(kTurnOfFirst + warpgroup()); }
+  static __device__ __forceinline__ void give_turn() { arrive_at<2 * kWarpgroup>(kTurnOfSecond - warpgroup()); }
+
+  // Of the lane's two rows, for the step's block.
+  struct RowScales {
+    float of[2];
+  };
+  __device__ __forceinline__ RowScales load_scales(int block) const {
     const uint32_t place = scales_ + rings_.weight_offset() + block * 4;
-    const float scales[2] = {load_shared_float(place), load_shared_float(place + 8 * kStepInputs * 4)};
-    operand_.template decode_scaled<T>(rings_.weight_offset(), block, scales, a);
+    return {{load_shared_float(place), load_shared_float(place + 8 * kStepInputs * 4)}};
+  }
+
+  __device__ __forceinline__ void decode(int block, Fragments& a) const {
+    if constexpr (kScalesWeights) {
+      operand_.template decode_scaled<T>(rings_.weight_offset(), block, load_scales(block).of, a);
+    } else {
+      operand_.decode(rings_.weight_offset(), block, a);
+    }
+  }
+
+  // The step's block, or of the next step, if there is one, the first.
+  __device__ __forceinline__ void decode_ahead(int block, bool is_last, Fragments& a) {
+    if (block == kStepInputs) {
+      rings_.release_weight();
+      if (is_last) return;
+      rings_.wait_for_weight();
+      block = 0;
+    }
+    decode(block, a);
   }
 
   // The fragments of the step's first block are there, and at the end those of the next step's, if there is one.
   __device__ __forceinline__ void multiply_step(bool is_last) {
 #pragma unroll
     for (int block = 0; block < kStepInputs; ++block) {
-      start_products(a_[block % 2], __shfl_sync(0xFFFFFFFFu, rings_.wait_for_input(0), 0));
-      wait_for_products<1>();  // those of the block before, whose fragments and stage are free now
-      if (held_input_ >= 0) rings_.release_input(held_input_);
-      held_input_ = rings_.input_stage(0);
-      rings_.advance_input(1);
-      if (block + 1 < kStepInputs) {
-        decode(block + 1, a_[(block + 1) % 2]);
+      const Fragments& a = a_[block % 2];
+      Fragments& next = a_[(block + 1) % 2];
+      const uint32_t x = __shfl_sync(0xFFFFFFFFu, rings_.wait_for_input(0), 0);
+      if constexpr (kScalesWeights) {
+        start_sums(a, x);
+        wait_for_products<1>();  // those of the block before, whose fragments and stage are free now
+        if (held_input_ >= 0) rings_.release_input(held_input_);
+        held_input_ = rings_.input_stage(0);
+        decode_ahead(block + 1, is_last, next);
       } else {
-        rings_.release_weight();
-        if (is_last) break;
-        rings_.wait_for_weight();
-        decode(0, a_[0]);
+        const RowScales scales = load_scales(block);
+        start_products(a, x);
+        decode_ahead(block + 1, is_last, next);
+        wait_for_products<0>();
+        hold_registers(products_);
+        rings_.release_input(rings_.input_stage(0));
+        add_scaled(sums_[0], products_, scales.of[0], scales.of[1]);
       }
+      rings_.advance_input(1);
     }
   }
 
-  __device__ __forceinline__ void start_products(const Fragments& a, uint32_t x) {
+  __device__ __forceinline__ void start_sums(const Fragments& a, uint32_t x) {
     fence_registers();
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -119,6 +159,15 @@ class ForwardConsumer {
       }
     }
     commit_products();
+  }
+
+  __device__ __forceinline__ void start_products(const Fragments& a, uint32_t x) {
+    wait_for_turn();
+    fence_registers();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) multiply<T, kCols>(products_, a[j], x + j * kProductStep, j > 0);
+    commit_products();
+    give_turn();
   }
 
   __device__ __forceinline__ void store(const Item<Config::kCluster>& item) const {
@@ -143,6 +192,7 @@ class ForwardConsumer {
   int held_input_ = -1;  // stage that products in flight may read
   Fragments a_[2];
   float sums_[Config::kHalves][kCols / 2];
+  float products_[kScalesWeights ? 1 : kCols / 2];  // not yet scaled
 };
 
 #endif
@@ -155,7 +205,8 @@ template <typename T>
 struct Forward {
   template <int kTokens>
   using Config = ForwardConfig<kTokens>;
-  using Table = ForwardTable<T>;
+  template <typename Config>
+  using Table = ForwardTable<T, Config>;
 
   static int tokens_of(int64_t m) { return m <= 128 ? 128 : kMaxTokens; }
   template <typename Function>
@@ -167,7 +218,6 @@ struct Forward {
                   cudaStream_t stream) {
     add_products(target, num_parts, dtype, device, stream);
   }
-  static float scale_factor(Format format) { return 1.0f / Table::scale(format); }
   static CUtensorMap describe_weight(const qlora_weight_4bit& weight) {
     return describe_matrix(weight.packed, 1, kStep / 2, weight.rows, weight.cols / 2, kTile);
   }
