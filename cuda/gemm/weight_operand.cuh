@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/device/numeric.cuh"
+#include "cuda/device/pair_table.cuh"
 #include "cuda/device/shared.cuh"
 #include "cuda/gemm/product.cuh"
 

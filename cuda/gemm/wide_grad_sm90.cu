@@ -41,6 +41,10 @@ using namespace wide;
 
 constexpr int kTileBytes = kTile / 2;  // of a row of W
 
+// For 256 tokens, whose sums fill the registers, the one that needs the fewest.
+template <typename T, typename Config>
+using GradTable = std::conditional_t<Config::kTokens == 256, FloatPairTable, ScaledWeightTable<T>>;
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 constexpr int kTileBlocks = kTile / kBlockCols;  // scales of a row
@@ -266,7 +270,7 @@ class GradConsumer {
 
   const Arguments& arguments_;
   Rings<Config> rings_;
-  ScaledWeightTable<T> table_;
+  GradTable<T, Config> table_;
   float* exchange_;
   uint32_t group_;
   uint32_t share_;
@@ -288,7 +292,7 @@ struct Grad {
   template <int kTokens>
   using Config = GradConfig<kTokens>;
   template <typename Config>
-  using Table = ScaledWeightTable<T>;
+  using Table = GradTable<T, Config>;
 
   static int tokens_of(int64_t m) { return m <= 16 ? 16 : m <= 32 ? 32 : m <= 64 ? 64 : m <= 128 ? 128 : 256; }
   template <typename Function>
