@@ -19,7 +19,8 @@ std::vector<Device> find_devices() {
     devices.push_back({index, attribute(cudaDevAttrComputeCapabilityMajor, index),
                        attribute(cudaDevAttrComputeCapabilityMinor, index),
                        attribute(cudaDevAttrMultiProcessorCount, index), attribute(cudaDevAttrL2CacheSize, index),
-                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)});
+                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+                       attribute(cudaDevAttrReservedSharedMemoryPerBlock, index)});
   }
   return devices;
 }

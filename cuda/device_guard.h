@@ -15,7 +15,8 @@ struct Device {
   int minor;
   int num_multiprocessors;
   int64_t l2_bytes;
-  int64_t max_shared_bytes;  // of a block that opts in
+  int64_t max_shared_bytes;       // of a block that opts in
+  int64_t reserved_shared_bytes;  // before a block's own
 };
 
 // Attributes of device `index`, queried once per process. Throws QLORA_INVALID_ARGUMENT for an index without a device.

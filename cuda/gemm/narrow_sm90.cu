@@ -5,13 +5,12 @@
 //            steps of 256 columns
 //   slots    a ring in shared memory; a slot has a step's packed bytes, scales and columns of x
 //   copies   by warpgroup 0: warps 0 and 1 decode scales, warp 2 copies x, a lane of warp 3 the packed bytes
-//   order    the operand's layout gives a lane every fourth byte of a block of 64 columns: the quad's lanes read 8
-//   bytes
-//            each and exchange them, which takes shared memory half the time that reading all 32 takes
-//   decode   a packed byte to two values through PairTable, unscaled; the products of a block of 64 are summed from
-//            zero and then scaled, in fp32
+//   decode   see WeightOperand; unscaled: the products of a block of 64 columns are summed from zero and then scaled,
+//   in
+//            fp32
 //   work     two pairs of warpgroups, 64 rows of W each; the pairs take turns at the steps
-//   sums     of the pairs in shared memory; of the parts, where tiles are fewer than multiprocessors, by add_parts
+//   sums     of the pairs in shared memory; of the parts, where tiles are fewer than multiprocessors, by
+//            add_products
 //
 // Rounding: see PairTable; fp32 sums; y.
 #include <algorithm>
@@ -55,8 +54,7 @@ constexpr int kPrefetchValueBytes = 4;  // of that matrix' description
 constexpr int kFirstSteps = 2;  // whose bytes are asked for at once; more would keep the memory from the first scales
 constexpr int kCopyRegisters = 64;
 constexpr int kRegisters = 104;
-constexpr int kReservedBytes = 1024;   // of shared memory, that CUDA puts before a block's
-constexpr int kBlockWindow = 1 << 24;  // of addresses in the shared memory of a cluster
+constexpr int kReservedBytes = 1024;  // of shared memory, that CUDA puts before a block's
 
 template <int kTokens>
 constexpr int kSlots = kTokens == 16   ? 5
@@ -411,7 +409,7 @@ __device__ __forceinline__ void run(const Arguments& arguments, const Maps& maps
       const bool is_first = threadIdx.x % 32 == 0;
       const WeightCopies copies(arguments, maps.weight, maps.prefetch);
       if (is_first) {
-        if (shared_address(shared_bytes) % kBlockWindow != kReservedBytes) __trap();
+        if (shared_address(shared_bytes) != kReservedBytes) __trap();  // FixedPairTable relies on it.
         for (int i = 0; i < kSlots<kTokens>; ++i) {
           init_barrier(rest.full[i], kScaleThreads + 2);
           init_barrier(rest.empty[i], kPairThreads);
@@ -473,6 +471,10 @@ bool supports_narrow_sm90(const Gemm& problem, const Device& device, std::string
     return refuse(why_not, "k: expected a multiple of ", kBlockCols);
   if (weight.rows < 1 || weight.rows > kMaxSize || weight.cols > kMaxSize)
     return refuse(why_not, "n, k: expected 1 to 2^30");
+  if (device.reserved_shared_bytes != kReservedBytes) {
+    return refuse(why_not, "expected ", kReservedBytes, " reserved bytes of shared memory, got ",
+                  device.reserved_shared_bytes);
+  }
   if (!is_compiled_for_sm90(device, reinterpret_cast<const void*>(narrow_kernel<__half, 16, true>)))
     return refuse(why_not, "expected a libqlora built for this GPU's architecture (QLORA_CUDA_ARCHS)");
   return true;

@@ -9,7 +9,7 @@
 //           copy a share each to all of them
 //   weight  through a ring of stages of 256 values of depth; the warps that copy its scales decode them
 //   parts   where tiles are fewer than multiprocessors the depth is split: fp32 parts in the workspace, which
-//           add_parts adds in their order
+//           Kind::add adds up in their order
 #pragma once
 
 #include <algorithm>
