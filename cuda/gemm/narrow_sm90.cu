@@ -106,7 +106,7 @@ struct Maps {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-enum NamedBarrier { kAllThreads, kAllScaleThreads, kInputWarps, kCopyWarps, kAllConsumers, kSecondPair };
+enum NamedBarrier { kAllThreads, kAllScaleThreads, kInputWarps, kCopyWarps, kAllConsumers, kSecondPair, kExchanged };
 
 struct Item {
   int first_row;
@@ -357,13 +357,15 @@ class Consumer {
       synchronize<kPairThreads>(kSecondPair);
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) place[i * kPairThreads] = sums_[i];
-    }
-    synchronize<kConsumers>(kAllConsumers);
-    if (pair_ == 0) {
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) sums_[i] += place[i * kPairThreads];
+      synchronize<kConsumers>(kAllConsumers);
+      synchronize<kConsumers>(kExchanged);
       fence_shared();
       arrive(rest_.empty[slot]);
+    } else {
+      synchronize<kConsumers>(kAllConsumers);
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) sums_[i] += place[i * kPairThreads];
+      arrive_at<kConsumers>(kExchanged);
     }
   }
 
