@@ -365,7 +365,7 @@ class Consumer {
       synchronize<kConsumers>(kAllConsumers);
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums_[i] += place[i * kPairThreads];
-      arrive_at<kConsumers>(kExchanged);
+      synchronize<kConsumers>(kExchanged);
     }
   }
 
