@@ -31,6 +31,24 @@ NF4_CODES: tuple[float, ...] = (
     0.7229568362236023,
     1.0,
 )
+#: Where one NF4 code ends and the next begins: code c serves thresholds[c - 1] < x <= thresholds[c]. Each is a float32.
+NF4_THRESHOLDS: tuple[float, ...] = (
+    -0.8480964303016663,
+    -0.6106328964233398,
+    -0.4599952697753906,
+    -0.33967941999435425,
+    -0.23460739850997925,
+    -0.13791173696517944,
+    -0.045525018125772476,
+    0.03979014977812767,
+    0.1202552542090416,
+    0.2035212516784668,
+    0.2920137643814087,
+    0.3893125355243683,
+    0.5016633868217468,
+    0.6427869200706482,
+    0.8614783883094788,
+)
 #: Values of the 16 codes: bit 3 is the sign, bits 0 to 2 choose a magnitude (not in ascending order).
 FP4_CODES: tuple[float, ...] = (
     0.0,

@@ -1,0 +1,185 @@
+"""`calibrate_`: the linear layers of a language model to NF4 that is fitted to a text, decoder layer by decoder layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import QuantConfig
+from ..nn import convert
+from ..nn.linear import Linear4bit
+from ..nn.params import Params4bit
+from .layers import Moments, find_decoder_layers, record_inputs, run_layer, to_float32
+from .weight import calibrate_weight
+from .work import LayerError, Work, digest
+
+#: Goes up with every change that gives other bytes for the same input.
+_METHOD = 1
+
+
+@torch.no_grad()
+def calibrate_(
+    model: nn.Module,
+    windows: Tensor,
+    config: QuantConfig | None = None,
+    *,
+    work: Path,
+    device: torch.device | str = "cpu",
+) -> list[LayerError]:
+    """Stores the linear layers of a causal language model in NF4, in place, so that what they compute changes least.
+
+    The windows go through decoder layer i in float32 while the second moments of its linears' inputs are summed up; its
+    linears are quantised for these; and the windows go through the quantised layer, which gives the inputs of layer
+    i + 1. On `device` are one layer in float32 and its moments. The model may stay on the CPU, in 16 bits.
+
+    Linears outside the decoder layers, and embeddings if the configuration wants them, are quantised as
+    `qlora.quantize_` does it.
+
+    Args:
+        model: a causal language model of transformers, not quantised.
+        windows: int64 [num_windows, length], the tokens of the calibration text.
+        config: QuantConfig() if None.
+        work: directory for the finished layers. Where it holds some of the same model, text and configuration, these
+            are taken and the rest is done.
+        device: where to compute.
+
+    Returns:
+        The output error of every calibrated layer, before and after.
+
+    Raises:
+        ValueError: config.quant_type is not "nf4"; the windows are empty or hold tokens that the model lacks; `work`
+            belongs to another calibration; the model cannot be run layer by layer; or a weight is not finite.
+    """
+    config = QuantConfig() if config is None else config
+    if config.quant_type != "nf4":
+        raise ValueError(f"qlora.calibrate_: config: expected quant_type 'nf4', got {config.quant_type!r}")
+    _check_windows(model, windows)
+    device = torch.device(device)
+    prefix, layers = find_decoder_layers(model)
+    reasons = convert.keep_reasons(model, config)
+    targets = [_targets(layer, f"{prefix}.{index}", reasons, config) for index, layer in enumerate(layers)]
+    if not any(targets):
+        raise ValueError(
+            "qlora.calibrate_: model: expected linear layers to quantise, got none in the decoder layers"
+        )
+    state = Work(work, _plan(model, windows, config, targets))
+    was_training = model.training
+    model.eval()
+    inputs = record_inputs(model, layers, windows)
+    errors: list[LayerError] = []
+    for index in _with_progress(range(len(layers))):
+        layer = layers[index]
+        names = targets[index]
+        arguments = to_float32(inputs.arguments[index], device)
+        working = copy.deepcopy(layer).float().to(device)
+        source = digest(layer.get_submodule(name).weight for name in names)  # type: ignore[arg-type]
+        if not state.has(index):
+            weights, found = _calibrate_layer(
+                working, layer, names, f"{prefix}.{index}", inputs.hidden, arguments, config
+            )
+            state.save(index, source, weights, found)
+        # From the file in any case: a run that was resumed computes with the same bytes.
+        weights, found = state.load(index, source, names)
+        errors += found
+        for name, weight in weights.items():
+            _put(layer, name, weight, f"{prefix}.{index}.{name}", config)
+            target: Any = working.get_submodule(name)
+            value = weight.dequantize(torch.float32).to(device)
+            target.weight.data = value.T.contiguous() if convert.is_conv1d(target) else value
+        if index + 1 < len(layers):
+            for window, hidden in enumerate(inputs.hidden):
+                inputs.hidden[window] = run_layer(working, hidden.to(device), arguments).to(hidden.device)
+    convert.quantize_(model, config)  # the rest, and the notes that hosts make
+    setattr(model, convert.KEPT_ATTRIBUTE, reasons)
+    model.train(was_training)
+    return errors
+
+
+def _check_windows(model: Any, windows: Tensor) -> None:
+    if windows.dim() != 2 or windows.dtype is not torch.int64 or windows.numel() == 0:
+        got = f"{windows.dtype} {list(windows.shape)}"
+        raise ValueError(f"qlora.calibrate_: windows: expected torch.int64 [num_windows, length], got {got}")
+    size = model.get_input_embeddings().weight.shape[0]
+    if int(windows.min()) < 0 or int(windows.max()) >= size:
+        got = f"{int(windows.min())} to {int(windows.max())}"
+        raise ValueError(f"qlora.calibrate_: windows: expected tokens from 0 to {size - 1}, got {got}")
+
+
+def _targets(layer: nn.Module, prefix: str, reasons: dict[str, str], config: QuantConfig) -> list[str]:
+    """Names within a decoder layer of the linears to quantise, in the order of the module tree."""
+    return [
+        name
+        for name, module in layer.named_modules()
+        if (type(module) is nn.Linear or convert.is_conv1d(module))
+        and f"{prefix}.{name}" not in reasons
+        and convert.is_convertible(module, config)
+    ]
+
+
+def _plan(model: Any, windows: Tensor, config: QuantConfig, targets: list[list[str]]) -> dict[str, Any]:
+    return {
+        "method": _METHOD,
+        "model": digest([model.get_input_embeddings().weight]),
+        "dtype": str(model.dtype),
+        "tokens": digest([windows]),
+        "windows": list(windows.shape),
+        "block_size": config.block_size,
+        "double_quant": config.double_quant,
+        "quant_storage": str(config.quant_storage),
+        "layers": targets,
+    }
+
+
+def _calibrate_layer(
+    working: nn.Module,
+    layer: nn.Module,
+    names: list[str],
+    prefix: str,
+    hidden: list[Tensor],
+    arguments: Any,
+    config: QuantConfig,
+) -> tuple[dict[str, Params4bit], list[LayerError]]:
+    device = next(working.parameters()).device
+    moments = Moments({name: working.get_submodule(name) for name in names})
+    try:
+        for window in hidden:
+            run_layer(working, window.to(device), arguments)
+    finally:
+        moments.close()
+    weights, errors = {}, []
+    for name in names:
+        full_name = f"{prefix}.{name}"
+        of_layer = moments.of(name)
+        if of_layer is None:
+            raise ValueError(
+                f"qlora: {full_name}: expected inputs from the calibration text, got none: no token reaches this layer"
+            )
+        module: Any = layer.get_submodule(name)
+        weight = module.weight.detach().to(device)
+        weight = weight.T.contiguous() if convert.is_conv1d(module) else weight
+        result = calibrate_weight(weight, of_layer, config, f"{full_name}.weight")
+        weights[name] = Params4bit._from_packed(result.packed, result.state)
+        errors.append(LayerError(full_name, result.error_absmax, result.error, result.is_calibrated))
+    return weights, errors
+
+
+def _put(layer: nn.Module, name: str, weight: Params4bit, full_name: str, config: QuantConfig) -> None:
+    """Replaces a linear of the model by the 4-bit layer with this weight."""
+    old: Any = layer.get_submodule(name)
+    device = old.weight.device
+    new = convert.empty_module_like(old, config, config.resolve_compute_dtype(device))
+    assert isinstance(new, Linear4bit)
+    new.layer_name = full_name
+    new.weight = weight.to(device)
+    layer.set_submodule(name, new)
+
+
+def _with_progress(items: Iterable[int]) -> Iterable[int]:
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc="calibrating", unit="layer")
