@@ -39,6 +39,7 @@ FORBIDDEN_IMPORTS = {
     "ops": ("nn", "integrations", "cli", "train", "bench", "reference"),
     "nn": ("integrations", "cli", "train", "bench", "reference"),
     "integrations": ("cli", "train", "bench", "reference"),
+    "calibration": ("integrations", "cli", "train", "bench", "reference"),
     "files": ("ops", "nn", "integrations", "cli", "train", "bench", "reference"),
     **dict.fromkeys(
         (
@@ -56,7 +57,7 @@ FORBIDDEN_IMPORTS = {
 }
 # Packages of others that only the upper layers know.
 HOSTS = ("transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
-LAYERS_WITHOUT_HOSTS = ("reference", "format", "_library", "ops", "nn")
+LAYERS_WITHOUT_HOSTS = ("reference", "format", "_library", "ops", "nn", "calibration")
 
 
 def files_under(folder: str, suffixes: tuple[str, ...]) -> list[Path]:

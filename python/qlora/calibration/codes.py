@@ -24,9 +24,10 @@ class Rounder:
 
     def codes(self, values: Tensor, inverse: Tensor) -> Tensor:
         """int32 codes of float32 `values` times `inverse`, which broadcasts. A NaN (0 times inf) takes the code of 0."""
-        scaled = values * inverse
+        scaled = (values * inverse).contiguous()
+        # bucketize puts NaN behind the last threshold.
         codes = torch.bucketize(scaled, self.thresholds, out_int32=True)
-        return torch.where(scaled.isnan(), _ZERO_CODE, codes)
+        return codes.masked_fill_(scaled.isnan(), _ZERO_CODE)
 
     def units(self, values: Tensor, scales: Tensor) -> Tensor:
         """The code book's values, float32, that `values` round to at `scales`, which broadcast."""

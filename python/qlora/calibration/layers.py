@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,10 +73,8 @@ def _record(model: nn.Module, layers: nn.ModuleList, windows: Tensor, *, as_tupl
     for window in windows:
         calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
         with _replaced_forwards(layers, calls, as_tuple=as_tuple):
-            try:
+            with suppress(_LastLayerReachedError):
                 model(input_ids=window[None], use_cache=False)
-            except _LastLayerReachedError:
-                pass
         if len(calls) != len(layers):
             raise ValueError(f"qlora: model: expected {len(layers)} layers to run, got {len(calls)}")
         first = calls[0][0]

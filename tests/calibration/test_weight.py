@@ -1,0 +1,124 @@
+"""One weight, fitted to the inputs of its layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from qlora import QuantConfig, reference
+from qlora.calibration.codes import Rounder
+from qlora.calibration.feedback import Refinement, damped, inverse_factor, output_error, round_with_feedback
+from qlora.calibration.weight import calibrate_weight
+from qlora.nn.params import Params4bit
+from qlora.nn.tensor import dequantize_tensor
+from torch import Tensor
+
+
+def make_layer(rows: int = 48, cols: int = 192) -> tuple[Tensor, Tensor]:
+    """A weight [rows, cols] and the moments [cols, cols] of 1,000 inputs of very different and coupled columns."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(cols, cols, generator=generator) / cols**0.5 + torch.eye(cols)
+    x = torch.randn(1000, cols, generator=generator) * torch.logspace(-1, 1, cols) @ mix
+    return torch.randn(rows, cols, generator=generator), x.T @ x
+
+
+def test_the_factor_is_that_of_the_inverse() -> None:
+    _, moments = make_layer()
+    moments = damped(moments)
+    factor = inverse_factor(moments).double()
+    assert torch.equal(factor, factor.triu())
+    # U is rounded to float32 once; H U^T U then errs by at most 2 u |H| |U^T| |U|, entry by entry.
+    bound = 2.0**-22 * (moments.abs().double() @ factor.abs().T @ factor.abs())
+    assert ((moments.double() @ factor.T @ factor - torch.eye(192, dtype=torch.float64)).abs() <= bound).all()
+
+
+def test_feedback_over_uncoupled_columns_is_plain_rounding() -> None:
+    weight, _ = make_layer()
+    moments = torch.diag(torch.linspace(1.0, 5.0, 192))
+    scales = weight.abs().amax(dim=1).expand(192, 48).contiguous()
+    rounder = Rounder("cpu")
+    found = round_with_feedback(rounder, weight.T.contiguous(), inverse_factor(moments), scales)
+    assert torch.equal(found, rounder.units(weight.T, scales) * scales)
+
+
+def test_no_sweep_over_the_codes_makes_the_error_larger() -> None:
+    weight, moments = make_layer()
+    moments = damped(moments)
+    scales = weight.abs().amax(dim=1).expand(192, 48).contiguous()
+    rounder = Rounder("cpu")
+    start = rounder.units(weight.T, scales) * scales
+    refinement = Refinement(rounder, weight.T.contiguous(), moments, start, scales)
+    errors = [output_error(weight - refinement.result.T, moments)]
+    for _ in range(4):
+        refinement.improve_codes()
+        errors.append(output_error(weight - refinement.result.T, moments))
+    # The slope is kept up to date in float32: 192 products of terms no larger than the output's energy.
+    slack = 192 * 2.0**-24 * output_error(weight, moments)
+    assert all(after <= before + slack for before, after in zip(errors, errors[1:], strict=False))
+    assert errors[-1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("cols", [192, 100])  # blocks that end with rows, and blocks that straddle them
+def test_the_output_error_falls(double_quant: bool, cols: int) -> None:
+    weight, moments = make_layer(cols=cols)
+    config = QuantConfig(double_quant=double_quant)
+    result = calibrate_weight(weight, moments, config, "w")
+    assert result.is_calibrated
+    assert result.error < 0.6 * result.error_absmax
+    difference = weight - dequantize_tensor(result.packed, result.state, torch.float32)
+    assert output_error(difference, moments) / output_error(weight, moments) == result.error
+
+
+def test_the_result_is_an_ordinary_weight() -> None:
+    weight, moments = make_layer()
+    result = calibrate_weight(weight.bfloat16(), moments, QuantConfig(), "w")
+    again = Params4bit.from_prequantized(result.packed, result.state.as_dict(packed=True))
+    state = result.state
+    assert state.dtype is torch.bfloat16 and state.shape == (48, 192) and state.blocksize == 64
+    assert state.state2 is not None and state.offset is not None and state.state2.code is not None
+    absmax = reference.dequantize_absmax(state.absmax, state.state2.absmax, state.state2.code, state.offset)
+    expected = reference.dequantize_4bit(result.packed, absmax, (48, 192))
+    assert torch.equal(again.dequantize(torch.float32), expected)
+
+
+def test_bitsandbytes_reads_the_same_values() -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    weight, moments = make_layer()
+    result = calibrate_weight(weight, moments, QuantConfig(), "w")
+    stats = result.state.as_dict(packed=True)
+    state = functional.QuantState.from_dict(stats, device=torch.device("cpu"))
+    theirs = functional.dequantize_4bit(result.packed, state)
+    # Their scales come from one fused multiply-add or two roundings: one unit in the last place of each scale.
+    ours = dequantize_tensor(result.packed, result.state, torch.float32)
+    assert ((theirs - ours).abs() <= 2.0**-22 * ours.abs().amax()).all()
+
+
+def test_columns_without_input_and_rows_of_zeros_are_stored() -> None:
+    weight, moments = make_layer()
+    moments[5], moments[:, 5] = 0.0, 0.0
+    weight[2] = 0.0
+    result = calibrate_weight(weight, moments, QuantConfig(double_quant=False), "w")
+    assert result.is_calibrated
+    values = dequantize_tensor(result.packed, result.state, torch.float32)
+    assert torch.equal(values[2], torch.zeros(192))
+    # Nothing speaks for another value there, so it is the nearest up to a step: 0.304 is the widest, between -1 and -0.696.
+    scale = result.state.absmax.view(48, 3)[:, 0]
+    assert ((values - weight)[:, 5].abs() <= torch.maximum(0.304 * scale, (weight[:, 5].abs() - scale))).all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda weight, moments: weight[0].fill_(float("nan")), "w: expected finite weights, got NaN or Inf"),
+        (
+            lambda weight, moments: moments[0].fill_(float("inf")),
+            "w: expected finite inputs that are not all 0, got NaN",
+        ),
+        (lambda weight, moments: moments.zero_(), "got none: the calibration text never reached the layer"),
+    ],
+)
+def test_bad_values_are_named(spoil: object, message: str) -> None:
+    weight, moments = make_layer()
+    spoil(weight, moments)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=message):
+        calibrate_weight(weight, moments, QuantConfig(), "w")
