@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from qlora import ops, reference
 from qlora.calibration.codes import Rounder, pack
 from qlora.format import NF4_THRESHOLDS

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from qlora import ops, reference
 from qlora.calibration.codes import Rounder
 from qlora.calibration.scales import Scales, block_error, free_scales
-from torch import Tensor
 
 ROUNDER = Rounder("cpu")
 

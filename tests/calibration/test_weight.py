@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+from torch import Tensor
+
 from qlora import QuantConfig, reference
 from qlora.calibration.codes import Rounder
 from qlora.calibration.feedback import Refinement, damped, inverse_factor, output_error, round_with_feedback
 from qlora.calibration.weight import calibrate_weight
 from qlora.nn.params import Params4bit
 from qlora.nn.tensor import dequantize_tensor
-from torch import Tensor
 
 
 def make_layer(rows: int = 48, cols: int = 192) -> tuple[Tensor, Tensor]:
@@ -53,7 +56,7 @@ def test_no_sweep_over_the_codes_makes_the_error_larger() -> None:
         errors.append(output_error(weight - refinement.result.T, moments))
     # The slope is kept up to date in float32: 192 products of terms no larger than the output's energy.
     slack = 192 * 2.0**-24 * output_error(weight, moments)
-    assert all(after <= before + slack for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before + slack for before, after in pairwise(errors))
     assert errors[-1] < 0.5 * errors[0]
 
 

@@ -42,7 +42,8 @@ def damped(moments: Tensor) -> Tensor:
 def inverse_factor(moments: Tensor) -> Tensor:
     """float32 [k, k] upper triangular U with U^T U = H^-1 of a damped H; the steps are float64."""
     lower = torch.linalg.cholesky(moments.double())
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return factor.float()
 
 
 def output_error(difference: Tensor, moments: Tensor) -> float:

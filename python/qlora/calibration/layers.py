@@ -72,9 +72,8 @@ def _record(model: nn.Module, layers: nn.ModuleList, windows: Tensor, *, as_tupl
     inputs = LayerInputs()
     for window in windows:
         calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-        with _replaced_forwards(layers, calls, as_tuple=as_tuple):
-            with suppress(_LastLayerReachedError):
-                model(input_ids=window[None], use_cache=False)
+        with _replaced_forwards(layers, calls, as_tuple=as_tuple), suppress(_LastLayerReachedError):
+            model(input_ids=window[None], use_cache=False)
         if len(calls) != len(layers):
             raise ValueError(f"qlora: model: expected {len(layers)} layers to run, got {len(calls)}")
         first = calls[0][0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..config import QuantConfig
 from ..nn import convert
 from ..nn.linear import Linear4bit
 from ..nn.params import Params4bit
+from ..nn.report import KEPT_ATTRIBUTE
 from .layers import Moments, find_decoder_layers, record_inputs, run_layer, to_float32
 from .weight import calibrate_weight
 from .work import LayerError, Work, digest
@@ -58,6 +58,8 @@ def calibrate_(
     config = QuantConfig() if config is None else config
     if config.quant_type != "nf4":
         raise ValueError(f"qlora.calibrate_: config: expected quant_type 'nf4', got {config.quant_type!r}")
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
     _check_windows(model, windows)
     device = torch.device(device)
     prefix, layers = find_decoder_layers(model)
@@ -72,12 +74,12 @@ def calibrate_(
     model.eval()
     inputs = record_inputs(model, layers, windows)
     errors: list[LayerError] = []
-    for index in _with_progress(range(len(layers))):
+    for index in tqdm(range(len(layers)), desc="calibrating", unit="layer"):
         layer = layers[index]
         names = targets[index]
         arguments = to_float32(inputs.arguments[index], device)
         working = copy.deepcopy(layer).float().to(device)
-        source = digest(layer.get_submodule(name).weight for name in names)  # type: ignore[arg-type]
+        source = digest(layer.get_parameter(f"{name}.weight") for name in names)
         if not state.has(index):
             weights, found = _calibrate_layer(
                 working, layer, names, f"{prefix}.{index}", inputs.hidden, arguments, config
@@ -95,7 +97,7 @@ def calibrate_(
             for window, hidden in enumerate(inputs.hidden):
                 inputs.hidden[window] = run_layer(working, hidden.to(device), arguments).to(hidden.device)
     convert.quantize_(model, config)  # the rest, and the notes that hosts make
-    setattr(model, convert.KEPT_ATTRIBUTE, reasons)
+    setattr(model, KEPT_ATTRIBUTE, reasons)
     model.train(was_training)
     return errors
 
@@ -177,9 +179,3 @@ def _put(layer: nn.Module, name: str, weight: Params4bit, full_name: str, config
     new.layer_name = full_name
     new.weight = weight.to(device)
     layer.set_submodule(name, new)
-
-
-def _with_progress(items: Iterable[int]) -> Iterable[int]:
-    from tqdm.auto import tqdm
-
-    return tqdm(items, desc="calibrating", unit="layer")

@@ -76,7 +76,7 @@ class Scales:
     def values(self, codes: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """float32 scales of `codes` for the blocks `index`, as every reader computes them; all that are stored if None."""
         codes = self.codes if codes is None else codes
-        if self.nested_absmax is None or self.offset is None:
+        if self.nested_absmax is None or self.offset is None or self.nested_map is None:
             return codes
         index = self._all if index is None else index
         return self.nested_map[codes.long()] * self.nested_absmax[index // NESTED_BLOCK_SIZE] + self.offset

@@ -1,0 +1,124 @@
+"""`qlora quantize --calibrate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import tiny_run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.write_model(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    return path
+
+
+def test_calibrated_checkpoint_is_of_bitsandbytes_layout(model: Path, text: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    import qlora
+
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    arguments = ("--out", out, "--dtype", "float32", "--calibrate", text, "--calibrate-tokens", "1200")
+    assert tiny_run.run_in_process("quantize", model, *arguments) == 0
+    assert not (tmp_path / "out.calibration").exists()
+    plain = tmp_path / "plain"
+    assert tiny_run.run_in_process("quantize", model, "--out", plain, "--dtype", "float32") == 0
+    stored, expected = load_file(out / "model.safetensors"), load_file(plain / "model.safetensors")
+    assert {key: (value.dtype, value.shape) for key, value in stored.items() if "quant_state" not in key} == {
+        key: (value.dtype, value.shape) for key, value in expected.items() if "quant_state" not in key
+    }
+    assert stored.keys() == expected.keys()
+    configs = [json.loads((path / "config.json").read_text()) for path in (out, plain)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    report = json.loads((out / "calibration.json").read_text())
+    assert report["windows"] == [2, 512]
+    assert len(report["layers"]) == 14 and report["mean_ratio"] < 1
+    assert (out / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        out, quantization_config=qlora.QuantConfig(), dtype=torch.float32
+    )
+    state = loaded.state_dict()
+    assert [key for key in stored if not torch.equal(state[key], stored[key])] == []
+
+
+def test_bitsandbytes_loads_the_checkpoint(model: Path, text: Path, tmp_path: Path) -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    import qlora
+
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    arguments = ("--out", out, "--dtype", "float32", "--calibrate", text, "--calibrate-tokens", "256")
+    assert tiny_run.run_in_process("quantize", model, *arguments) == 0
+    stored = load_file(out / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    stats = {key: value for key, value in stored.items() if key.startswith(f"{name}.")}
+    theirs = functional.dequantize_4bit(
+        stored[name], functional.QuantState.from_dict(stats, torch.device("cpu"))
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(
+        out, quantization_config=qlora.QuantConfig(), dtype=torch.float32
+    )
+    ours = loaded.get_submodule(name.removesuffix(".weight")).dequantize(torch.float32)
+    # One fused multiply-add or two roundings in a scale: a unit in its last place.
+    assert ((theirs - ours).abs() <= 2.0**-22 * ours.abs().amax()).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (None, [], "No such file"),
+        (b"", [], "expected a text of at least 32768 tokens, got an empty file"),
+        (b"\xff\xfe\x00", [], "expected UTF-8 text"),
+        (
+            b"short",
+            [],
+            "expected at least 32768 tokens, got 5: take a longer text or fewer --calibrate-tokens",
+        ),
+        (b"short", ["--calibrate-tokens", "0"], "--calibrate-tokens: expected at least 1, got 0"),
+        (b"short", ["--quant-type", "fp4"], "--calibrate: expected --quant-type nf4, got fp4"),
+    ],
+)
+def test_bad_text_is_one_message_and_status_2(
+    content: bytes | None,
+    arguments: list[str],
+    message: str,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    out = tmp_path / "out"
+    assert tiny_run.run_in_process("quantize", model, "--out", out, "--calibrate", path, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not out.exists() and not (tmp_path / "out.calibration").exists()
+
+
+def test_tokens_without_a_text_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tiny_run.run_in_process("quantize", model, "--out", tmp_path / "x", "--calibrate-tokens", "9") == 2
+    assert "--calibrate-tokens: expected with --calibrate TEXT_FILE" in capsys.readouterr().err
