@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import tiny_run
+
+pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")

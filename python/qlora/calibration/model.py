@@ -79,7 +79,7 @@ def calibrate_(
         names = targets[index]
         arguments = to_float32(inputs.arguments[index], device)
         working = copy.deepcopy(layer).float().to(device)
-        source = digest(layer.get_parameter(f"{name}.weight") for name in names)
+        source = digest(layer.parameters())
         if not state.has(index):
             weights, found = _calibrate_layer(
                 working, layer, names, f"{prefix}.{index}", inputs.hidden, arguments, config

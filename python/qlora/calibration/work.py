@@ -53,7 +53,7 @@ class Work:
                     f"qlora: {directory}: expected the work of this calibration, got one with another {', '.join(keys)}: "
                     "delete it to start anew"
                 )
-        elif directory.exists() and any(directory.iterdir()):
+        elif directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
             raise ValueError(
                 f"qlora: {directory}: expected an empty or absent work directory, got files without {_PLAN}"
             )
