@@ -19,7 +19,7 @@ from .weight import calibrate_weight
 from .work import LayerError, Work, digest
 
 #: Goes up with every change that gives other bytes for the same input.
-_METHOD = 1
+_METHOD = 2
 
 
 @torch.no_grad()
@@ -33,8 +33,9 @@ def calibrate_(
 ) -> list[LayerError]:
     """Stores the linear layers of a causal language model in NF4, in place, so that what they compute changes least.
 
-    The windows go through decoder layer i in float32 while the second moments of its linears' inputs are summed up; its
-    linears are quantised for these; and the windows go through the quantised layer, which gives the inputs of layer
+    The windows go through decoder layer i in float32 twice, as the original layers before it give them and as the
+    quantised ones do, while moments of its linears' inputs are summed up. Each linear gets the weight that makes of the
+    second what it made of the first. Then the windows go through the quantised layer, which gives the inputs of layer
     i + 1. On `device` are one layer in float32 and its moments. The model may stay on the CPU, in 16 bits.
 
     Linears outside the decoder layers, and embeddings if the configuration wants them, are quantised as
@@ -73,6 +74,7 @@ def calibrate_(
     was_training = model.training
     model.eval()
     inputs = record_inputs(model, layers, windows)
+    original = list(inputs.hidden)
     errors: list[LayerError] = []
     for index in tqdm(range(len(layers)), desc="calibrating", unit="layer"):
         layer = layers[index]
@@ -82,9 +84,11 @@ def calibrate_(
         source = digest(layer.parameters())
         if not state.has(index):
             weights, found = _calibrate_layer(
-                working, layer, names, f"{prefix}.{index}", inputs.hidden, arguments, config
+                working, layer, names, f"{prefix}.{index}", original, inputs.hidden, arguments, config
             )
             state.save(index, source, weights, found)
+        elif index + 1 < len(layers):
+            _run(working, original, arguments)
         # From the file in any case: a run that was resumed computes with the same bytes.
         weights, found = state.load(index, source, names)
         errors += found
@@ -94,8 +98,7 @@ def calibrate_(
             value = weight.dequantize(torch.float32).to(device)
             target.weight.data = value.T.contiguous() if convert.is_conv1d(target) else value
         if index + 1 < len(layers):
-            for window, hidden in enumerate(inputs.hidden):
-                inputs.hidden[window] = run_layer(working, hidden.to(device), arguments).to(hidden.device)
+            _run(working, inputs.hidden, arguments)
     convert.quantize_(model, config)  # the rest, and the notes that hosts make
     setattr(model, KEPT_ATTRIBUTE, reasons)
     model.train(was_training)
@@ -137,11 +140,19 @@ def _plan(model: Any, windows: Tensor, config: QuantConfig, targets: list[list[s
     }
 
 
+def _run(working: nn.Module, hidden: list[Tensor], arguments: Any) -> None:
+    """Replaces the hidden states of each window by what the decoder layer makes of them."""
+    device = next(working.parameters()).device
+    for window, value in enumerate(hidden):
+        hidden[window] = run_layer(working, value.to(device), arguments).to(value.device)
+
+
 def _calibrate_layer(
     working: nn.Module,
     layer: nn.Module,
     names: list[str],
     prefix: str,
+    original: list[Tensor],
     hidden: list[Tensor],
     arguments: Any,
     config: QuantConfig,
@@ -149,8 +160,11 @@ def _calibrate_layer(
     device = next(working.parameters()).device
     moments = Moments({name: working.get_submodule(name) for name in names})
     try:
-        for window in hidden:
-            run_layer(working, window.to(device), arguments)
+        for window, value in enumerate(original):
+            moments.original()
+            original[window] = run_layer(working, value.to(device), arguments).to(value.device)
+            moments.quantised()
+            run_layer(working, hidden[window].to(device), arguments)
     finally:
         moments.close()
     weights, errors = {}, []
@@ -164,7 +178,9 @@ def _calibrate_layer(
         module: Any = layer.get_submodule(name)
         weight = module.weight.detach().to(device)
         weight = weight.T.contiguous() if convert.is_conv1d(module) else weight
-        result = calibrate_weight(weight, of_layer, config, f"{full_name}.weight")
+        result = calibrate_weight(
+            weight, of_layer.square, config, f"{full_name}.weight", drift=of_layer.drift
+        )
         weights[name] = Params4bit._from_packed(result.packed, result.state)
         errors.append(LayerError(full_name, result.error_absmax, result.error, result.is_calibrated))
     return weights, errors

@@ -26,7 +26,8 @@ class CalibratedWeight:
     Attributes:
         packed: quant_storage [bytes / itemsize, 1].
         state: its QuantState.
-        error_absmax: |output error|^2 / |output|^2 over the text with the scales max |w|.
+        error_absmax: |output error|^2 / |output|^2 over the text with the scales max |w|. The error is that beside the
+            best unquantised weight for the inputs as they are.
         error: the same of this weight.
         is_calibrated: False where the scales max |w| did better and were kept.
     """
@@ -39,12 +40,18 @@ class CalibratedWeight:
 
 
 @torch.no_grad()
-def calibrate_weight(weight: Tensor, moments: Tensor, config: QuantConfig, name: str) -> CalibratedWeight:
+def calibrate_weight(
+    weight: Tensor, moments: Tensor, config: QuantConfig, name: str, *, drift: Tensor | None = None
+) -> CalibratedWeight:
     """Quantises `weight` so that the layer's output changes least.
+
+    With inputs x where the original layer had y, the weight to come near is not W but that which makes W y of x:
+    W + W drift (sum x x^T)^-1, by least squares.
 
     Args:
         weight: float32, float16 or bfloat16 [n, k].
         moments: float32 [k, k], the sum of x x^T over the layer's inputs x [k], on the weight's device.
+        drift: float32 [k, k], the sum of (y - x) x^T; None: x is y.
         config: block size, double quantisation and storage; its quant_type is "nf4".
         name: of the weight, for errors.
 
@@ -62,9 +69,13 @@ def calibrate_weight(weight: Tensor, moments: Tensor, config: QuantConfig, name:
             else "none: the calibration text never reached the layer"
         )
         raise ValueError(f"qlora: {name}: expected finite inputs that are not all 0, got {got}")
+    regular = damped(moments)
     target = weight.float()
+    if drift is not None:
+        lower = torch.linalg.cholesky(regular.double())
+        target = target + (target @ torch.cholesky_solve(drift.T.double(), lower).T.float())
     baseline, baseline_state = _absmax(weight, config)
-    result, scales = _search(target, damped(moments), config)
+    result, scales = _search(target, regular, config)
     packed, state = _pack(result, scales, weight, config)
     total = output_error(target, moments)
     total = total if total > 0 else 1.0  # a weight of zeros has no error
