@@ -68,19 +68,37 @@ def test_the_layers_are_run_as_the_model_runs_them() -> None:
 def test_moments_are_those_of_the_inputs() -> None:
     linears = {"a": torch.nn.Linear(8, 3), "b": torch.nn.Linear(8, 2), "c": torch.nn.Linear(8, 2)}
     moments = Moments(linears)
-    x, y = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
-    for value in (x, y):
-        linears["a"](value)
-        linears["b"](value)
-        linears["c"](value + 1)
-    rows = torch.cat([x, y]).reshape(-1, 8)
-    expected = rows.double().T @ rows.double()
-    slack = 2 * len(rows) * 2.0**-24 * (rows.abs().double().T @ rows.abs().double())
+    original, quantised = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    for y, x in zip(original, quantised, strict=True):
+        for begin, value in ((moments.original, y), (moments.quantised, x)):
+            begin()
+            linears["a"](value)
+            linears["b"](value)
+            linears["c"](value + 1)
+    x, y = quantised.reshape(-1, 8).double(), original.reshape(-1, 8).double()
     of_a, of_b, of_c = (moments.of(name) for name in "abc")
     assert of_a is not None and of_c is not None
-    assert ((of_a.double() - expected).abs() <= slack).all()
+    # float32 sums of 10 products each, of two roundings a term.
+    bound = 12 * 2.0**-24 * ((x.abs() + y.abs()).T @ x.abs())
+    assert ((of_a.square.double() - x.T @ x).abs() <= bound).all()
+    assert ((of_a.drift.double() - (y - x).T @ x).abs() <= bound).all()
     assert of_b is of_a and of_c is not of_a  # the same input is summed once
     assert moments.of("d") is None
+
+
+def test_no_token_outweighs_the_others() -> None:
+    linear = torch.nn.Linear(8, 3)
+    moments = Moments({"a": linear})
+    x = torch.ones(101, 8)
+    x[0] = 1000.0
+    for begin in (moments.original, moments.quantised):
+        begin()
+        linear(x)
+    found = moments.of("a")
+    assert found is not None
+    # A hundred tokens of energy 8, and one that counts as 16 of them; float32 sums of 101 terms.
+    assert ((found.square - 116.0).abs() <= 102 * 2.0**-24 * 116.0).all()
+    assert torch.equal(found.drift, torch.zeros(8, 8))
 
 
 def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:

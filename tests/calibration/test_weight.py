@@ -72,6 +72,15 @@ def test_the_output_error_falls(double_quant: bool, cols: int) -> None:
     assert output_error(difference, moments) / output_error(weight, moments) == result.error
 
 
+def test_what_the_layers_before_lost_is_made_up_for() -> None:
+    """Where inputs come 0.8 times as large as they were, the weight becomes 1.25 times as large."""
+    weight, moments = make_layer()
+    result = calibrate_weight(weight, moments, QuantConfig(), "w", drift=0.25 * moments)
+    values = dequantize_tensor(result.packed, result.state, torch.float32)
+    plain = output_error(weight - values, moments)
+    assert output_error(1.25 * weight - values, moments) < 0.2 * plain
+
+
 def test_the_result_is_an_ordinary_weight() -> None:
     weight, moments = make_layer()
     result = calibrate_weight(weight.bfloat16(), moments, QuantConfig(), "w")
