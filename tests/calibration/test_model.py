@@ -20,7 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "integrations"))
 import tiny_models
 
 from qlora.calibration import calibrate_
-from qlora.calibration.layers import Moments, find_decoder_layers, record_inputs, run_layer
+from qlora.calibration.layers import (
+    find_decoder_layers,
+    input_groups,
+    input_moments,
+    record_inputs,
+    run_layer,
+)
 from qlora.calibration.work import Work
 from qlora.nn import Linear4bit
 
@@ -65,40 +71,51 @@ def test_the_layers_are_run_as_the_model_runs_them() -> None:
     assert torch.equal(model.model.norm(hidden), wanted[2])
 
 
+class Block(torch.nn.Module):
+    """A decoder layer of three linears: two over the same input, one over their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.c = torch.nn.Linear(8, 8)
+        self.a = torch.nn.Linear(8, 8)
+        self.b = torch.nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.c(self.a(hidden) + self.b(hidden))
+
+
+def test_linears_are_grouped_by_input_in_the_order_in_which_they_run() -> None:
+    hidden = [torch.zeros(1, 5, 8)]
+    assert input_groups(Block(), ["c", "a", "b"], hidden, ((), {})) == [["a", "b"], ["c"]]
+
+
+def test_a_linear_that_never_runs_is_named() -> None:
+    layer = Block()
+    layer.spare = torch.nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="spare: expected inputs from the calibration text, got none"):
+        input_groups(layer, ["a", "spare"], [torch.zeros(1, 5, 8)], ((), {}))
+
+
 def test_moments_are_those_of_the_inputs() -> None:
-    linears = {"a": torch.nn.Linear(8, 3), "b": torch.nn.Linear(8, 2), "c": torch.nn.Linear(8, 2)}
-    moments = Moments(linears)
-    original, quantised = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
-    for y, x in zip(original, quantised, strict=True):
-        for begin, value in ((moments.original, y), (moments.quantised, x)):
-            begin()
-            linears["a"](value)
-            linears["b"](value)
-            linears["c"](value + 1)
+    layer = Block()
+    original, quantised = torch.randn(2, 2, 1, 5, 8, generator=torch.Generator().manual_seed(0))
+    moments = input_moments("a", (layer, list(original)), (layer, list(quantised)), ((), {}))
     x, y = quantised.reshape(-1, 8).double(), original.reshape(-1, 8).double()
-    of_a, of_b, of_c = (moments.of(name) for name in "abc")
-    assert of_a is not None and of_c is not None
     # float32 sums of 10 products each, of two roundings a term.
     bound = 12 * 2.0**-24 * ((x.abs() + y.abs()).T @ x.abs())
-    assert ((of_a.square.double() - x.T @ x).abs() <= bound).all()
-    assert ((of_a.drift.double() - (y - x).T @ x).abs() <= bound).all()
-    assert of_b is of_a and of_c is not of_a  # the same input is summed once
-    assert moments.of("d") is None
+    assert ((moments.square.double() - x.T @ x).abs() <= bound).all()
+    assert ((moments.drift.double() - (y - x).T @ x).abs() <= bound).all()
 
 
 def test_no_token_outweighs_the_others() -> None:
-    linear = torch.nn.Linear(8, 3)
-    moments = Moments({"a": linear})
-    x = torch.ones(101, 8)
-    x[0] = 1000.0
-    for begin in (moments.original, moments.quantised):
-        begin()
-        linear(x)
-    found = moments.of("a")
-    assert found is not None
-    # A hundred tokens of energy 8, and one that counts as 16 of them; float32 sums of 101 terms.
-    assert ((found.square - 116.0).abs() <= 102 * 2.0**-24 * 116.0).all()
-    assert torch.equal(found.drift, torch.zeros(8, 8))
+    hidden = torch.ones(1, 101, 8)
+    hidden[0, 0] = 1000.0
+    layer = Block()
+    moments = input_moments("a", (layer, [hidden]), (layer, [hidden]), ((), {}))
+    # A hundred tokens, and one that counts as 16 of them; float32 sums of 101 terms.
+    assert ((moments.square - 116.0).abs() <= 102 * 2.0**-24 * 116.0).all()
+    assert torch.equal(moments.drift, torch.zeros(8, 8))
 
 
 def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:

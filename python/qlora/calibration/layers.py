@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+#: What a decoder layer is called with beside the hidden states: positional and by name.
+LayerArguments: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 
 
 class _LastLayerReachedError(Exception):
@@ -25,7 +28,7 @@ class LayerInputs:
     """
 
     hidden: list[Tensor] = field(default_factory=list)
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    arguments: list[LayerArguments] = field(default_factory=list)
 
 
 def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -145,7 +148,7 @@ def to_float32(value: Any, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def run_layer(layer: nn.Module, hidden: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+def run_layer(layer: nn.Module, hidden: Tensor, arguments: LayerArguments) -> Tensor:
     """The layer's hidden states [1, length, width]."""
     args, kwargs = arguments
     output = layer(hidden, *args, **kwargs)
@@ -161,7 +164,7 @@ _MOST_ENERGY = 16.0
 
 @dataclass
 class InputMoments:
-    """Sums over the tokens of a layer's inputs: x as the quantised layers before it give them, y as the original ones do.
+    """Sums over the tokens of a linear's inputs: x in the quantised model, y in the original one.
 
     Attributes:
         square: float32 [k, k], sum of x x^T.
@@ -172,69 +175,101 @@ class InputMoments:
     drift: Tensor
 
 
-class Moments:
-    """Takes the sums for linear layers while their decoder layer runs; those that are given the same tensor share them.
+class _LinearReachedError(Exception):
+    """Ends a forward pass that is run only for what one linear is given."""
 
-    For each window the decoder layer is run over the original hidden states (`original()`), then over those of the
-    quantised model (`quantised()`).
+
+@torch.no_grad()
+def input_groups(
+    layer: nn.Module, names: list[str], hidden: list[Tensor], arguments: LayerArguments
+) -> list[list[str]]:
+    """The linears `names` of a decoder layer in the order in which they run, those given the same tensor together.
+
+    Raises:
+        ValueError: no token of the windows reaches one of them.
     """
+    seen: dict[str, list[str]] = {}
+    last: list[tuple[Tensor, str]] = []
 
-    def __init__(self, linears: dict[str, nn.Module]) -> None:
-        self._sums: dict[str, InputMoments] = {}
-        self._owner: dict[str, str] = {}
-        self._original: dict[str, Tensor] = {}
-        self._is_original = True
-        self._last: tuple[Tensor, str] | None = None
-        self._handles = [
-            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            for name, module in linears.items()
-        ]
-
-    def original(self) -> None:
-        self._is_original = True
-        self._original.clear()
-
-    def quantised(self) -> None:
-        self._is_original = False
-
-    def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
+    def hook(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
             x: Tensor = args[0] if args else kwargs["input"]
-            if name not in self._owner:
-                self._owner[name] = self._last[1] if self._last is not None and self._last[0] is x else name
-            if self._owner[name] == name:
-                self._last = (x, name)
-                self._add(name, x.reshape(-1, x.shape[-1]))
+            if not any(name in group for group in seen.values()):
+                owner = last[-1][1] if last and last[-1][0] is x else name
+                seen.setdefault(owner, []).append(name)
+                last[:] = [(x, owner)]
 
-        return hook
+        return note
 
-    def _add(self, name: str, x: Tensor) -> None:
-        if self._is_original:
-            self._original[name] = x
-            return
-        y = self._original.pop(name, None)
-        if y is None or y.shape != x.shape:
-            got = "nothing" if y is None else str(list(y.shape))
-            raise ValueError(f"qlora: {name}: expected original inputs of shape {list(x.shape)}, got {got}")
-        weight = _token_weights(x)[:, None]
-        weighted = weight * x
-        square, drift = weighted.T @ x, (y - x).T @ weighted
-        if name in self._sums:
-            self._sums[name].square += square
-            self._sums[name].drift += drift
-        else:
-            self._sums[name] = InputMoments(square, drift)
-
-    def of(self, name: str) -> InputMoments | None:
-        """The sums of a layer, or None where it never ran."""
-        owner = self._owner.get(name)
-        return None if owner is None else self._sums[owner]
-
-    def close(self) -> None:
-        self._last = None
-        self._original.clear()
-        for handle in self._handles:
+    handles = [
+        layer.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names
+    ]
+    device = next(layer.parameters()).device
+    try:
+        for window in hidden:
+            run_layer(layer, window.to(device), arguments)
+            if sum(map(len, seen.values())) == len(names):
+                return list(seen.values())
+    finally:
+        for handle in handles:
             handle.remove()
+    missing = [name for name in names if not any(name in group for group in seen.values())]
+    raise ValueError(
+        f"qlora: {missing[0]}: expected inputs from the calibration text, got none: no token reaches this layer"
+    )
+
+
+@torch.no_grad()
+def input_moments(
+    name: str,
+    original: tuple[nn.Module, list[Tensor]],
+    quantised: tuple[nn.Module, list[Tensor]],
+    arguments: LayerArguments,
+) -> InputMoments:
+    """The sums for one linear: of the original decoder layer over its windows, and of the quantised one over its own.
+
+    Raises:
+        ValueError: the two do not give the linear the same number of tokens.
+    """
+    sums: InputMoments | None = None
+    for of_original, of_quantised in zip(original[1], quantised[1], strict=True):
+        y = _input_of(original[0], name, of_original, arguments)
+        x = _input_of(quantised[0], name, of_quantised, arguments)
+        if y is None and x is None:
+            continue
+        if y is None or x is None or y.shape != x.shape:
+            shapes = [None if value is None else list(value.shape) for value in (y, x)]
+            raise ValueError(
+                f"qlora: {name}: expected the same tokens before and after quantisation, got {shapes[0]} and {shapes[1]}: "
+                "a layer that chooses its tokens cannot be calibrated"
+            )
+        weighted = _token_weights(x)[:, None] * x
+        square, drift = weighted.T @ x, (y - x).T @ weighted
+        if sums is None:
+            sums = InputMoments(square, drift)
+        else:
+            sums.square += square
+            sums.drift += drift
+    if sums is None:
+        raise ValueError(f"qlora: {name}: expected inputs from the calibration text, got none")
+    return sums
+
+
+def _input_of(layer: nn.Module, name: str, hidden: Tensor, arguments: LayerArguments) -> Tensor | None:
+    """[num_tokens, k] that the linear is given first, or None where it does not run; nothing after it is computed."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
+        found.append(args[0] if args else kwargs["input"])
+        raise _LinearReachedError
+
+    handle = layer.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with suppress(_LinearReachedError):
+            run_layer(layer, hidden.to(next(layer.parameters()).device), arguments)
+    finally:
+        handle.remove()
+    return found[0].reshape(-1, found[0].shape[-1]) if found else None
 
 
 def _token_weights(x: Tensor) -> Tensor:

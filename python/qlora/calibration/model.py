@@ -14,12 +14,19 @@ from ..nn import convert
 from ..nn.linear import Linear4bit
 from ..nn.params import Params4bit
 from ..nn.report import KEPT_ATTRIBUTE
-from .layers import Moments, find_decoder_layers, record_inputs, run_layer, to_float32
+from .layers import (
+    find_decoder_layers,
+    input_groups,
+    input_moments,
+    record_inputs,
+    run_layer,
+    to_float32,
+)
 from .weight import calibrate_weight
 from .work import LayerError, Work, digest
 
 #: Goes up with every change that gives other bytes for the same input.
-_METHOD = 2
+_METHOD = 3
 
 
 @torch.no_grad()
@@ -34,9 +41,9 @@ def calibrate_(
     """Stores the linear layers of a causal language model in NF4, in place, so that what they compute changes least.
 
     The windows go through decoder layer i in float32 twice, as the original layers before it give them and as the
-    quantised ones do, while moments of its linears' inputs are summed up. Each linear gets the weight that makes of the
-    second what it made of the first. Then the windows go through the quantised layer, which gives the inputs of layer
-    i + 1. On `device` are one layer in float32 and its moments. The model may stay on the CPU, in 16 bits.
+    quantised ones do, while moments of a linear's inputs are summed up. It gets the weight that makes of the second what
+    it made of the first, then the next linear follows. In the end the windows go through the original layer and the
+    quantised one, which gives the inputs of layer i + 1. On `device` are one layer in float32, twice, and its moments. The model may stay on the CPU, in 16 bits.
 
     Linears outside the decoder layers, and embeddings if the configuration wants them, are quantised as
     `qlora.quantize_` does it.
@@ -80,25 +87,23 @@ def calibrate_(
         layer = layers[index]
         names = targets[index]
         arguments = to_float32(inputs.arguments[index], device)
-        working = copy.deepcopy(layer).float().to(device)
+        dense = copy.deepcopy(layer).float().to(device)
         source = digest(layer.parameters())
         if not state.has(index):
             weights, found = _calibrate_layer(
-                working, layer, names, f"{prefix}.{index}", original, inputs.hidden, arguments, config
+                layer, dense, names, f"{prefix}.{index}", original, inputs.hidden, arguments, config
             )
             state.save(index, source, weights, found)
-        elif index + 1 < len(layers):
-            _run(working, original, arguments)
         # From the file in any case: a run that was resumed computes with the same bytes.
         weights, found = state.load(index, source, names)
         errors += found
+        if index + 1 < len(layers):
+            _run(dense, original, arguments)
+            for name, weight in weights.items():
+                _set_values(dense, name, weight)
+            _run(dense, inputs.hidden, arguments)
         for name, weight in weights.items():
             _put(layer, name, weight, f"{prefix}.{index}.{name}", config)
-            target: Any = working.get_submodule(name)
-            value = weight.dequantize(torch.float32).to(device)
-            target.weight.data = value.T.contiguous() if convert.is_conv1d(target) else value
-        if index + 1 < len(layers):
-            _run(working, inputs.hidden, arguments)
     convert.quantize_(model, config)  # the rest, and the notes that hosts make
     setattr(model, KEPT_ATTRIBUTE, reasons)
     model.train(was_training)
@@ -148,8 +153,8 @@ def _run(working: nn.Module, hidden: list[Tensor], arguments: Any) -> None:
 
 
 def _calibrate_layer(
-    working: nn.Module,
     layer: nn.Module,
+    dense: nn.Module,
     names: list[str],
     prefix: str,
     original: list[Tensor],
@@ -157,33 +162,35 @@ def _calibrate_layer(
     arguments: Any,
     config: QuantConfig,
 ) -> tuple[dict[str, Params4bit], list[LayerError]]:
-    device = next(working.parameters()).device
-    moments = Moments({name: working.get_submodule(name) for name in names})
-    try:
-        for window, value in enumerate(original):
-            moments.original()
-            original[window] = run_layer(working, value.to(device), arguments).to(value.device)
-            moments.quantised()
-            run_layer(working, hidden[window].to(device), arguments)
-    finally:
-        moments.close()
-    weights, errors = {}, []
-    for name in names:
-        full_name = f"{prefix}.{name}"
-        of_layer = moments.of(name)
-        if of_layer is None:
-            raise ValueError(
-                f"qlora: {full_name}: expected inputs from the calibration text, got none: no token reaches this layer"
+    """Quantises the linears in the order in which they run, so that each is fitted to what those before it give.
+
+    `dense` is the layer in float32 on the device; it is left as it is.
+    """
+    device = next(dense.parameters()).device
+    working = copy.deepcopy(dense)
+    weights: dict[str, Params4bit] = {}
+    errors: dict[str, LayerError] = {}
+    for group in input_groups(dense, names, hidden, arguments):
+        moments = input_moments(group[0], (dense, original), (working, hidden), arguments)
+        for name in group:
+            full_name = f"{prefix}.{name}"
+            module: Any = layer.get_submodule(name)
+            weight = module.weight.detach().to(device)
+            weight = weight.T.contiguous() if convert.is_conv1d(module) else weight
+            result = calibrate_weight(
+                weight, moments.square, config, f"{full_name}.weight", drift=moments.drift
             )
-        module: Any = layer.get_submodule(name)
-        weight = module.weight.detach().to(device)
-        weight = weight.T.contiguous() if convert.is_conv1d(module) else weight
-        result = calibrate_weight(
-            weight, of_layer.square, config, f"{full_name}.weight", drift=of_layer.drift
-        )
-        weights[name] = Params4bit._from_packed(result.packed, result.state)
-        errors.append(LayerError(full_name, result.error_absmax, result.error, result.is_calibrated))
-    return weights, errors
+            weights[name] = Params4bit._from_packed(result.packed, result.state)
+            errors[name] = LayerError(full_name, result.error_absmax, result.error, result.is_calibrated)
+            _set_values(working, name, weights[name])
+    return {name: weights[name] for name in names}, [errors[name] for name in names]
+
+
+def _set_values(layer: nn.Module, name: str, weight: Params4bit) -> None:
+    """Gives a float32 linear the values of a 4-bit weight."""
+    target: Any = layer.get_submodule(name)
+    value = weight.dequantize(torch.float32).to(target.weight.device)
+    target.weight.data = value.T.contiguous() if convert.is_conv1d(target) else value
 
 
 def _put(layer: nn.Module, name: str, weight: Params4bit, full_name: str, config: QuantConfig) -> None:
