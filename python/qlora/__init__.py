@@ -19,6 +19,7 @@ from .integrations import register_hooks
 _SUBMODULES = ("nn", "ops", "reference", "format", "config", "integrations")
 _ATTRIBUTES = {
     "QuantConfig": "qlora.config",
+    "Calibration": "qlora.config",
     "quantize_": "qlora.nn",
     "dequantize_": "qlora.nn",
     "report": "qlora.nn",

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .format import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, QUANT_TYPES
@@ -50,6 +51,47 @@ def unknown_key(where: str, key: str, known: Iterable[str]) -> str:
     return f"{where}: unknown key {key!r}: {hint}"
 
 
+@dataclass(eq=False)
+class Calibration:
+    """The text that scales and codes are fitted to, so that a model's layers do the same to it after quantisation.
+
+    Args:
+        text: what the model will meet, and nothing that it is judged on. The path of a UTF-8 file (a str or Path), of
+            which disjoint windows are drawn; a sequence of texts, or of rows with a text each (a list, a
+            datasets.Dataset), of which some are drawn; or a torch tensor, int64 [num_windows, length], of tokens that
+            are all used as they are.
+        num_tokens: how many tokens are used; the time is proportional to them.
+        seed: of what is drawn.
+        column: of the rows that holds the text.
+        tokenizer: None: that which the checkpoint brings.
+        budget: mean bits a weight over the linear layers of the decoder, scales included: as many of them as fit in stay
+            as they are, those first whose quantisation would change the hidden states most for their size. None: all
+            are quantised.
+        work: directory for finished layers: a run that was killed goes on from there. None: a killed run begins anew.
+
+    Raises:
+        ValueError: num_tokens or budget is not positive. TypeError: text is of another kind.
+    """
+
+    text: Any
+    num_tokens: int = 32768
+    seed: int = 0
+    column: str = "text"
+    tokenizer: Any = None
+    budget: float | None = None
+    work: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise ValueError(f"qlora.Calibration: num_tokens: expected at least 1, got {self.num_tokens}")
+        if self.budget is not None and not self.budget > 0:
+            raise ValueError(f"qlora.Calibration: budget: expected a positive number, got {self.budget}")
+        is_sequence = hasattr(self.text, "__len__") and hasattr(self.text, "__getitem__")
+        if not (is_sequence or isinstance(self.text, Path)) or isinstance(self.text, (bytes, Mapping)):
+            expected = "a path, a sequence of texts or rows, or a tensor of tokens"
+            raise TypeError(f"qlora.Calibration: text: expected {expected}, got {type(self.text).__name__}")
+
+
 @dataclass
 class QuantConfig:
     """How the linear layers of a model are stored in 4 bits.
@@ -70,6 +112,9 @@ class QuantConfig:
         quantize_head: quantise the output head too, where it is not tied.
         quantize_embeddings: quantise the embeddings too, where they are not tied. Other readers of the checkpoint do
             not expect that.
+        calibration: a Calibration, or the text for one: the model is quantised so that its layers change least on it.
+            Only `from_pretrained` takes it, for a 16-bit checkpoint: the model is read in 16 bits into host memory
+            and goes to its device in 4 bits. It is not written to config.json.
 
     Raises:
         ValueError: a value is not as said. TypeError: an unknown argument (with the nearest match) or a wrong type.
@@ -83,6 +128,7 @@ class QuantConfig:
     skip_modules: list[str] | None = None
     quantize_head: bool = False
     quantize_embeddings: bool = False
+    calibration: Any = None
 
     #: The name under which the quantizer is registered in transformers.
     quant_method: ClassVar[str] = "qlora"
@@ -127,6 +173,14 @@ class QuantConfig:
                     f"qlora.QuantConfig: skip_modules: expected {what}, got {self.skip_modules!r}"
                 )
             self.skip_modules = list(self.skip_modules)
+        if self.calibration is not None:
+            if self.quant_type != "nf4":
+                expected = "'nf4' with a calibration"
+                raise ValueError(
+                    f"qlora.QuantConfig: quant_type: expected {expected}, got {self.quant_type!r}"
+                )
+            if not isinstance(self.calibration, Calibration):
+                self.calibration = Calibration(self.calibration)
 
     @property
     def torch_quant_storage(self) -> torch.dtype:

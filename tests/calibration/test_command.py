@@ -85,15 +85,16 @@ def test_bitsandbytes_loads_the_checkpoint(model: Path, text: Path, tmp_path: Pa
     ("content", "arguments", "message"),
     [
         (None, [], "No such file"),
-        (b"", [], "expected a text of at least 32768 tokens, got an empty file"),
+        (b"", [], "text.txt: expected a text, got an empty file"),
         (b"\xff\xfe\x00", [], "expected UTF-8 text"),
         (
             b"short",
             [],
-            "expected at least 32768 tokens, got 5: take a longer text or fewer --calibrate-tokens",
+            "text.txt: expected at least 32768 tokens, got 5: take a longer text or fewer tokens",
         ),
-        (b"short", ["--calibrate-tokens", "0"], "--calibrate-tokens: expected at least 1, got 0"),
-        (b"short", ["--quant-type", "fp4"], "--calibrate: expected --quant-type nf4, got fp4"),
+        (b"short", ["--calibrate-tokens", "0"], "num_tokens: expected at least 1, got 0"),
+        (b"short", ["--budget", "0"], "budget: expected a positive number, got 0"),
+        (b"short", ["--quant-type", "fp4"], "quant_type: expected 'nf4' with a calibration, got 'fp4'"),
     ],
 )
 def test_bad_text_is_one_message_and_status_2(
@@ -114,8 +115,9 @@ def test_bad_text_is_one_message_and_status_2(
     assert not out.exists() and not (tmp_path / "out.calibration").exists()
 
 
-def test_tokens_without_a_text_are_refused(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("option", ["--calibrate-tokens", "--seed", "--budget"])
+def test_options_without_a_text_are_refused(
+    option: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tiny_run.run_in_process("quantize", model, "--out", tmp_path / "x", "--calibrate-tokens", "9") == 2
-    assert "--calibrate-tokens: expected with --calibrate TEXT_FILE" in capsys.readouterr().err
+    assert tiny_run.run_in_process("quantize", model, "--out", tmp_path / "x", option, "9") == 2
+    assert f"{option}: expected with --calibrate TEXT, got it alone" in capsys.readouterr().err

@@ -20,13 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "integrations"))
 import tiny_models
 
 from qlora.calibration import calibrate_
-from qlora.calibration.layers import (
-    find_decoder_layers,
-    input_groups,
-    input_moments,
-    record_inputs,
-    run_layer,
-)
+from qlora.calibration.layers import find_decoder_layers, record_inputs, run_layer
+from qlora.calibration.moments import input_groups, input_moments
 from qlora.calibration.work import Work
 from qlora.nn import Linear4bit
 
@@ -50,7 +45,7 @@ def assert_same_bytes(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_every_linear_of_the_decoder_loses_less_than_with_absmax(name: str, tmp_path: Path) -> None:
     model = tiny_models.make_model(name)
-    errors = calibrate_(model, windows(), work=tmp_path)
+    errors = calibrate_(model, windows(), work=tmp_path).errors
     linears = [key for key, module in model.named_modules() if isinstance(module, Linear4bit)]
     assert [error.name for error in errors] == linears
     assert all(error.calibrated < error.absmax for error in errors)
@@ -106,6 +101,8 @@ def test_moments_are_those_of_the_inputs() -> None:
     bound = 12 * 2.0**-24 * ((x.abs() + y.abs()).T @ x.abs())
     assert ((moments.square.double() - x.T @ x).abs() <= bound).all()
     assert ((moments.drift.double() - (y - x).T @ x).abs() <= bound).all()
+    bound = 12 * 2.0**-24 * (x.abs() + y.abs()).T @ (x.abs() + y.abs())
+    assert ((moments.lost.double() - (y - x).T @ (y - x)).abs() <= bound).all()
 
 
 def test_no_token_outweighs_the_others() -> None:
@@ -151,6 +148,12 @@ def test_the_state_dict_loads_bit_equal(tmp_path: Path) -> None:
     fresh.load_state_dict(model.state_dict())
     assert_same_bytes(fresh, model)
     assert torch.equal(tiny_models.logits(fresh), tiny_models.logits(model))
+
+
+def test_without_a_work_directory_the_bytes_are_the_same(tmp_path: Path) -> None:
+    model = tiny_models.make_model()
+    calibrate_(model, windows())
+    assert_same_bytes(model, calibrated(tmp_path))
 
 
 def test_work_of_another_text_is_refused(tmp_path: Path) -> None:

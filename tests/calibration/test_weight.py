@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qlora import QuantConfig, reference
 from qlora.calibration.codes import Rounder
-from qlora.calibration.feedback import Refinement, damped, inverse_factor, output_error, round_with_feedback
+from qlora.calibration.feedback import Refinement, damped, inverse_factor, round_with_feedback
+from qlora.calibration.moments import InputMoments
 from qlora.calibration.weight import calibrate_weight
 from qlora.nn.params import Params4bit
 from qlora.nn.tensor import dequantize_tensor
@@ -22,6 +23,15 @@ def make_layer(rows: int = 48, cols: int = 192) -> tuple[Tensor, Tensor]:
     mix = torch.randn(cols, cols, generator=generator) / cols**0.5 + torch.eye(cols)
     x = torch.randn(1000, cols, generator=generator) * torch.logspace(-1, 1, cols) @ mix
     return torch.randn(rows, cols, generator=generator), x.T @ x
+
+
+def sums(square: Tensor, drift: float = 0.0) -> InputMoments:
+    """The moments of inputs x that the original layer had as (1 + drift) x."""
+    return InputMoments(square, drift * square, drift**2 * square)
+
+
+def output_error(difference: Tensor, moments: Tensor) -> float:
+    return float(((difference @ moments) * difference).sum(dtype=torch.float64))
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:
@@ -65,25 +75,43 @@ def test_no_sweep_over_the_codes_makes_the_error_larger() -> None:
 def test_the_output_error_falls(double_quant: bool, cols: int) -> None:
     weight, moments = make_layer(cols=cols)
     config = QuantConfig(double_quant=double_quant)
-    result = calibrate_weight(weight, moments, config, "w")
+    result = calibrate_weight(weight, sums(moments), config, "w")
     assert result.is_calibrated
     assert result.error < 0.6 * result.error_absmax
     difference = weight - dequantize_tensor(result.packed, result.state, torch.float32)
     assert output_error(difference, moments) / output_error(weight, moments) == result.error
 
 
+def test_both_errors_are_those_of_the_outputs_over_the_same_inputs() -> None:
+    """W y - Q x, computed from the tokens themselves, for the calibrated weight and the one at the scales max |w|."""
+    weight, _ = make_layer()
+    y, noise = torch.randn(2, 1000, 192, generator=torch.Generator().manual_seed(1))
+    x = y + 0.1 * noise
+    lost = y - x
+    moments = InputMoments(x.T @ x, lost.T @ x, lost.T @ lost)
+    result = calibrate_weight(weight, moments, QuantConfig(), "w")
+    absmax = Params4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True).quantize_on("cpu")
+    stored = dequantize_tensor(result.packed, result.state, torch.float32)
+    wanted = y.double() @ weight.T.double()
+    for values, found in ((stored, result.error), (absmax.dequantize(torch.float32), result.error_absmax)):
+        expected = (wanted - x.double() @ values.T.double()).square().sum() / wanted.square().sum()
+        # Three float32 sums of 1,000 products over 192 columns; the terms are no larger than the output's energy.
+        assert abs(found - float(expected)) <= 1192 * 2.0**-24
+
+
 def test_what_the_layers_before_lost_is_made_up_for() -> None:
     """Where inputs come 0.8 times as large as they were, the weight becomes 1.25 times as large."""
     weight, moments = make_layer()
-    result = calibrate_weight(weight, moments, QuantConfig(), "w", drift=0.25 * moments)
+    result = calibrate_weight(weight, sums(moments, 0.25), QuantConfig(), "w")
     values = dequantize_tensor(result.packed, result.state, torch.float32)
     plain = output_error(weight - values, moments)
     assert output_error(1.25 * weight - values, moments) < 0.2 * plain
+    assert result.error < 0.1 * result.error_absmax
 
 
 def test_the_result_is_an_ordinary_weight() -> None:
     weight, moments = make_layer()
-    result = calibrate_weight(weight.bfloat16(), moments, QuantConfig(), "w")
+    result = calibrate_weight(weight.bfloat16(), sums(moments), QuantConfig(), "w")
     again = Params4bit.from_prequantized(result.packed, result.state.as_dict(packed=True))
     state = result.state
     assert state.dtype is torch.bfloat16 and state.shape == (48, 192) and state.blocksize == 64
@@ -96,7 +124,7 @@ def test_the_result_is_an_ordinary_weight() -> None:
 def test_bitsandbytes_reads_the_same_values() -> None:
     functional = pytest.importorskip("bitsandbytes").functional
     weight, moments = make_layer()
-    result = calibrate_weight(weight, moments, QuantConfig(), "w")
+    result = calibrate_weight(weight, sums(moments), QuantConfig(), "w")
     stats = result.state.as_dict(packed=True)
     state = functional.QuantState.from_dict(stats, device=torch.device("cpu"))
     theirs = functional.dequantize_4bit(result.packed, state)
@@ -109,7 +137,7 @@ def test_columns_without_input_and_rows_of_zeros_are_stored() -> None:
     weight, moments = make_layer()
     moments[5], moments[:, 5] = 0.0, 0.0
     weight[2] = 0.0
-    result = calibrate_weight(weight, moments, QuantConfig(double_quant=False), "w")
+    result = calibrate_weight(weight, sums(moments), QuantConfig(double_quant=False), "w")
     assert result.is_calibrated
     values = dequantize_tensor(result.packed, result.state, torch.float32)
     assert torch.equal(values[2], torch.zeros(192))
@@ -133,4 +161,4 @@ def test_bad_values_are_named(spoil: object, message: str) -> None:
     weight, moments = make_layer()
     spoil(weight, moments)  # type: ignore[operator]
     with pytest.raises(ValueError, match=message):
-        calibrate_weight(weight, moments, QuantConfig(), "w")
+        calibrate_weight(weight, sums(moments), QuantConfig(), "w")

@@ -1,8 +1,8 @@
 """Perplexity of a causal language model stored in 4 bits, one process per stack.
 
 `python -m qlora.bench.perplexity STACK MODEL_DIR TEXT_FILE` prints one JSON line. STACK is `qlora`, `bitsandbytes` or
-`dense` (the model as it is). The text is cut into windows that do not overlap; perplexity is exp of the mean negative
-log-likelihood of every token but the first of each window.
+`dense` (the model as it is). The text is cut into windows that do not overlap, each with the bos token first where the
+tokenizer sets one; perplexity is exp of the mean negative log-likelihood of every token but the first of each window.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def load(stack: str, directory: Path, *, compute_dtype: torch.dtype, double_quan
 
 
 @torch.no_grad()
-def perplexity(model: Any, tokens: torch.Tensor, length: int) -> float:
-    """exp(mean loss) over the windows of `length` tokens that int64 [n] `tokens` hold whole; softmax in float32."""
+def perplexity(model: Any, windows: torch.Tensor) -> float:
+    """exp(mean loss) over int64 [num_windows, length] windows of tokens; softmax in float32."""
     total, count = 0.0, 0
-    for window in tokens[: tokens.numel() // length * length].view(-1, 1, length):
-        ids = window.to(model.device)
+    for window in windows:
+        ids = window[None].to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-        count += length - 1
+        count += len(window) - 1
     return math.exp(total / count)
 
 
@@ -66,11 +66,14 @@ def main() -> None:
     arguments = parser.parse_args()
     from transformers import AutoTokenizer
 
+    from qlora.calibration.text import begin_tokens, cut
+
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    tokens = tokenizer(arguments.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
-    needed = arguments.windows * arguments.length
-    if tokens.numel() < needed:
-        parser.error(f"text: expected at least {needed} tokens, got {tokens.numel()}")
+    text = arguments.text.read_text(encoding="utf-8")
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    windows = cut(tokens, begin_tokens(tokenizer), arguments.length)[: arguments.windows]
+    if len(windows) < arguments.windows:
+        parser.error(f"text: expected at least {arguments.windows} windows, got {len(windows)}")
     model = load(
         arguments.stack,
         arguments.model,
@@ -84,7 +87,7 @@ def main() -> None:
         "compute_dtype": arguments.compute_dtype,
         "double_quant": None if arguments.stack == "dense" else not arguments.no_double_quant,
         "windows": arguments.windows,
-        "perplexity": round(perplexity(model, tokens[:needed], arguments.length), 4),
+        "perplexity": round(perplexity(model, windows), 4),
     }
     print(json.dumps(result))
 

@@ -46,11 +46,6 @@ def inverse_factor(moments: Tensor) -> Tensor:
     return factor.float()
 
 
-def output_error(difference: Tensor, moments: Tensor) -> float:
-    """tr D H D^T of a float32 difference D [n, k]."""
-    return float(((difference @ moments) * difference).sum(dtype=torch.float64))
-
-
 def round_with_feedback(rounder: Rounder, weight: Tensor, factor: Tensor, scales: Tensor) -> Tensor:
     """float32 values [k, n] of the code book times `scales` [k, n] for a transposed weight [k, n] and its U."""
     open_weight = weight.clone()

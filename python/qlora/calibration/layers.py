@@ -1,4 +1,4 @@
-"""The decoder layers of a causal language model: where they are, what they are called with, what their linears see."""
+"""The decoder layers of a causal language model: where they are, what they are called with, how one is run."""
 
 from __future__ import annotations
 
@@ -103,6 +103,8 @@ def _record(model: nn.Module, layers: nn.ModuleList, windows: Tensor, *, as_tupl
 @contextmanager
 def _replaced_forwards(layers: nn.ModuleList, calls: list[Any], *, as_tuple: bool) -> Iterator[None]:
     last = layers[-1]
+    # What another library put there (accelerate's hooks) comes back afterwards.
+    own = {layer: layer.__dict__.get("forward") for layer in layers}
 
     def replacement(layer: nn.Module) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -122,8 +124,10 @@ def _replaced_forwards(layers: nn.ModuleList, calls: list[Any], *, as_tuple: boo
             layer.forward = replacement(layer)
         yield
     finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+        for layer, forward in own.items():
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -154,126 +158,3 @@ def run_layer(layer: nn.Module, hidden: Tensor, arguments: LayerArguments) -> Te
     output = layer(hidden, *args, **kwargs)
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
-
-
-#: No token counts for more than this many times the median token of its window. A few tokens, the first above all, have
-#: inputs of a thousand times the energy of the others in some layers (SmolLM2-135M, the last but one down_proj: 65 % of
-#: the sum), and the layer would be fitted to them alone.
-_MOST_ENERGY = 16.0
-
-
-@dataclass
-class InputMoments:
-    """Sums over the tokens of a linear's inputs: x in the quantised model, y in the original one.
-
-    Attributes:
-        square: float32 [k, k], sum of x x^T.
-        drift: float32 [k, k], sum of (y - x) x^T.
-    """
-
-    square: Tensor
-    drift: Tensor
-
-
-class _LinearReachedError(Exception):
-    """Ends a forward pass that is run only for what one linear is given."""
-
-
-@torch.no_grad()
-def input_groups(
-    layer: nn.Module, names: list[str], hidden: list[Tensor], arguments: LayerArguments
-) -> list[list[str]]:
-    """The linears `names` of a decoder layer in the order in which they run, those given the same tensor together.
-
-    Raises:
-        ValueError: no token of the windows reaches one of them.
-    """
-    seen: dict[str, list[str]] = {}
-    last: list[tuple[Tensor, str]] = []
-
-    def hook(name: str) -> Any:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
-            x: Tensor = args[0] if args else kwargs["input"]
-            if not any(name in group for group in seen.values()):
-                owner = last[-1][1] if last and last[-1][0] is x else name
-                seen.setdefault(owner, []).append(name)
-                last[:] = [(x, owner)]
-
-        return note
-
-    handles = [
-        layer.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names
-    ]
-    device = next(layer.parameters()).device
-    try:
-        for window in hidden:
-            run_layer(layer, window.to(device), arguments)
-            if sum(map(len, seen.values())) == len(names):
-                return list(seen.values())
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = [name for name in names if not any(name in group for group in seen.values())]
-    raise ValueError(
-        f"qlora: {missing[0]}: expected inputs from the calibration text, got none: no token reaches this layer"
-    )
-
-
-@torch.no_grad()
-def input_moments(
-    name: str,
-    original: tuple[nn.Module, list[Tensor]],
-    quantised: tuple[nn.Module, list[Tensor]],
-    arguments: LayerArguments,
-) -> InputMoments:
-    """The sums for one linear: of the original decoder layer over its windows, and of the quantised one over its own.
-
-    Raises:
-        ValueError: the two do not give the linear the same number of tokens.
-    """
-    sums: InputMoments | None = None
-    for of_original, of_quantised in zip(original[1], quantised[1], strict=True):
-        y = _input_of(original[0], name, of_original, arguments)
-        x = _input_of(quantised[0], name, of_quantised, arguments)
-        if y is None and x is None:
-            continue
-        if y is None or x is None or y.shape != x.shape:
-            shapes = [None if value is None else list(value.shape) for value in (y, x)]
-            raise ValueError(
-                f"qlora: {name}: expected the same tokens before and after quantisation, got {shapes[0]} and {shapes[1]}: "
-                "a layer that chooses its tokens cannot be calibrated"
-            )
-        weighted = _token_weights(x)[:, None] * x
-        square, drift = weighted.T @ x, (y - x).T @ weighted
-        if sums is None:
-            sums = InputMoments(square, drift)
-        else:
-            sums.square += square
-            sums.drift += drift
-    if sums is None:
-        raise ValueError(f"qlora: {name}: expected inputs from the calibration text, got none")
-    return sums
-
-
-def _input_of(layer: nn.Module, name: str, hidden: Tensor, arguments: LayerArguments) -> Tensor | None:
-    """[num_tokens, k] that the linear is given first, or None where it does not run; nothing after it is computed."""
-    found: list[Tensor] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
-        found.append(args[0] if args else kwargs["input"])
-        raise _LinearReachedError
-
-    handle = layer.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with suppress(_LinearReachedError):
-            run_layer(layer, hidden.to(next(layer.parameters()).device), arguments)
-    finally:
-        handle.remove()
-    return found[0].reshape(-1, found[0].shape[-1]) if found else None
-
-
-def _token_weights(x: Tensor) -> Tensor:
-    """float32 [num_tokens], 1 but for tokens [num_tokens, k] above _MOST_ENERGY times the median energy."""
-    energy = x.square().sum(dim=1)
-    most = _MOST_ENERGY * energy.median()
-    return torch.where((energy > most) & (most > 0), most / energy, 1.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,35 @@ from ..nn import convert
 from ..nn.linear import Linear4bit
 from ..nn.params import Params4bit
 from ..nn.report import KEPT_ATTRIBUTE
-from .layers import (
-    find_decoder_layers,
-    input_groups,
-    input_moments,
-    record_inputs,
-    run_layer,
-    to_float32,
-)
+from .budget import Harm, check_budget, choose_kept, measure_harm
+from .layers import LayerInputs, find_decoder_layers, record_inputs, run_layer, to_float32
+from .moments import input_groups, input_moments
 from .weight import calibrate_weight
 from .work import LayerError, Work, digest
 
 #: Goes up with every change that gives other bytes for the same input.
-_METHOD = 3
+_METHOD = 4
+
+
+@dataclass
+class Calibrated:
+    """What `calibrate_` did.
+
+    Attributes:
+        tokens_sha256: of the windows' int64 tokens.
+        windows: [num_windows, length].
+        errors: of every calibrated layer.
+        budget: mean bits a weight that were asked for, or None.
+        harms: of every layer that could have been quantised, where there was a budget.
+        kept: names of those that stay as they are for it.
+    """
+
+    tokens_sha256: str
+    windows: list[int]
+    errors: list[LayerError] = field(default_factory=list)
+    budget: float | None = None
+    harms: list[Harm] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -35,79 +53,143 @@ def calibrate_(
     windows: Tensor,
     config: QuantConfig | None = None,
     *,
-    work: Path,
+    budget: float | None = None,
+    work: Path | None = None,
     device: torch.device | str = "cpu",
-) -> list[LayerError]:
+) -> Calibrated:
     """Stores the linear layers of a causal language model in NF4, in place, so that what they compute changes least.
 
     The windows go through decoder layer i in float32 twice, as the original layers before it give them and as the
     quantised ones do, while moments of a linear's inputs are summed up. It gets the weight that makes of the second what
     it made of the first, then the next linear follows. In the end the windows go through the original layer and the
-    quantised one, which gives the inputs of layer i + 1. On `device` are one layer in float32, twice, and its moments. The model may stay on the CPU, in 16 bits.
+    quantised one, which gives the inputs of layer i + 1. On `device` are two copies of one layer in float32 and what
+    fitting one weight takes: about eight [k, k] matrices of float32 and ten times the weight. The model may stay on the
+    CPU, in 16 bits; where it is are two float32 hidden states of every token.
 
     Linears outside the decoder layers, and embeddings if the configuration wants them, are quantised as
-    `qlora.quantize_` does it.
+    `qlora.quantize_` does it. Where this raises, finished layers of the model are in 4 bits.
 
     Args:
         model: a causal language model of transformers, not quantised.
         windows: int64 [num_windows, length], the tokens of the calibration text.
-        config: QuantConfig() if None.
-        work: directory for the finished layers. Where it holds some of the same model, text and configuration, these
-            are taken and the rest is done.
+        config: QuantConfig() if None; its `calibration` is not read.
+        budget: mean bits a weight over the decoder's linears (see Calibration), or None.
+        work: directory for what is finished. Where it holds some of the same model, text and configuration, that is
+            taken and the rest is done. None: nothing is written.
         device: where to compute.
 
-    Returns:
-        The output error of every calibrated layer, before and after.
-
     Raises:
-        ValueError: config.quant_type is not "nf4"; the windows are empty or hold tokens that the model lacks; `work`
-            belongs to another calibration; the model cannot be run layer by layer; or a weight is not finite.
+        ValueError: config.quant_type is not "nf4"; no choice of layers has the budget; the windows are empty or hold
+            tokens that the model lacks; `work` belongs to another calibration; the model cannot be run layer by layer;
+            or a weight is not finite.
     """
-    config = QuantConfig() if config is None else config
+    config = QuantConfig() if config is None else dataclasses.replace(config, calibration=None)
     if config.quant_type != "nf4":
         raise ValueError(f"qlora.calibrate_: config: expected quant_type 'nf4', got {config.quant_type!r}")
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
     _check_windows(model, windows)
-    device = torch.device(device)
     prefix, layers = find_decoder_layers(model)
-    reasons = convert.keep_reasons(model, config)
-    targets = [_targets(layer, f"{prefix}.{index}", reasons, config) for index, layer in enumerate(layers)]
-    if not any(targets):
-        raise ValueError(
-            "qlora.calibrate_: model: expected linear layers to quantise, got none in the decoder layers"
-        )
-    state = Work(work, _plan(model, windows, config, targets))
+    targets = _all_targets(model, layers, prefix, config)
+    stored_bits = 8 * next(layers.parameters()).element_size()
+    if budget is not None:
+        check_budget(budget, config, stored_bits)
+    plan = _plan(model, windows, config, targets) | {"budget": budget}
+    state = None if work is None else Work(work, plan)
+    result = Calibrated(plan["tokens"], list(windows.shape), budget=budget)
     was_training = model.training
     model.eval()
-    inputs = record_inputs(model, layers, windows)
+    try:
+        inputs = record_inputs(model, layers, windows)
+        device = torch.device(device)
+        if budget is not None:
+            result.harms = _harms(layers, targets, prefix, inputs, config, state, device)
+            result.kept = choose_kept(result.harms, budget, config, stored_bits)
+            config = dataclasses.replace(config, skip_modules=[*(config.skip_modules or []), *result.kept])
+            targets = _all_targets(model, layers, prefix, config)
+        reasons = convert.keep_reasons(model, config)
+        result.errors = _calibrate_layers(layers, targets, prefix, inputs, config, state, device)
+        convert.quantize_(model, config)  # the rest, and the notes that hosts make
+        setattr(model, KEPT_ATTRIBUTE, reasons)
+    finally:
+        model.train(was_training)
+    return result
+
+
+def _calibrate_layers(
+    layers: nn.ModuleList,
+    targets: list[list[str]],
+    prefix: str,
+    inputs: LayerInputs,
+    config: QuantConfig,
+    state: Work | None,
+    device: torch.device,
+) -> list[LayerError]:
+    """Quantises the linears `targets` of each decoder layer; afterwards the inputs are those of the last one."""
     original = list(inputs.hidden)
     errors: list[LayerError] = []
-    for index in tqdm(range(len(layers)), desc="calibrating", unit="layer"):
-        layer = layers[index]
-        names = targets[index]
+    for index in _progress(len(layers), "calibrating"):
+        layer, names, name = layers[index], targets[index], f"{prefix}.{index}"
         arguments = to_float32(inputs.arguments[index], device)
-        dense = copy.deepcopy(layer).float().to(device)
+        dense = _dense(layer, device)
         source = digest(layer.parameters())
-        if not state.has(index):
+        weights: dict[str, Params4bit] = {}
+        found: list[LayerError] = []
+        if names and (state is None or not state.has(index)):
             weights, found = _calibrate_layer(
-                layer, dense, names, f"{prefix}.{index}", original, inputs.hidden, arguments, config
+                layer, dense, names, name, original, inputs.hidden, arguments, config
             )
-            state.save(index, source, weights, found)
-        # From the file in any case: a run that was resumed computes with the same bytes.
-        weights, found = state.load(index, source, names)
+            if state is not None:
+                state.save(index, source, weights, found)
+        if names and state is not None:
+            # From the file in any case: a run that was resumed computes with the same bytes.
+            weights, found = state.load(index, source, names)
         errors += found
         if index + 1 < len(layers):
             _run(dense, original, arguments)
-            for name, weight in weights.items():
-                _set_values(dense, name, weight)
+            for linear, weight in weights.items():
+                _set_values(dense, linear, weight)
             _run(dense, inputs.hidden, arguments)
-        for name, weight in weights.items():
-            _put(layer, name, weight, f"{prefix}.{index}.{name}", config)
-    convert.quantize_(model, config)  # the rest, and the notes that hosts make
-    setattr(model, KEPT_ATTRIBUTE, reasons)
-    model.train(was_training)
+        for linear, weight in weights.items():
+            _put(layer, linear, weight, f"{name}.{linear}", config)
     return errors
+
+
+def _harms(
+    layers: nn.ModuleList,
+    targets: list[list[str]],
+    prefix: str,
+    inputs: LayerInputs,
+    config: QuantConfig,
+    state: Work | None,
+    device: torch.device,
+) -> list[Harm]:
+    """The harm of every target, over the original hidden states."""
+    source = digest(layers.parameters())
+    harms = None if state is None else state.load_harms(source)
+    if harms is not None:
+        return harms
+    harms = []
+    hidden = list(inputs.hidden)
+    for index in _progress(len(layers), "measuring"):
+        arguments = to_float32(inputs.arguments[index], device)
+        dense = _dense(layers[index], device)
+        after = list(hidden)
+        _run(dense, after, arguments)
+        harms += measure_harm(dense, targets[index], f"{prefix}.{index}", hidden, after, arguments, config)
+        hidden = after
+    if state is not None:
+        state.save_harms(source, harms)
+    return harms
+
+
+def _progress(count: int, what: str) -> Any:
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(range(count), desc=what, unit="layer")
+
+
+def _dense(layer: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a decoder layer in float32 on the device."""
+    return copy.deepcopy(layer).float().to(device)
 
 
 def _check_windows(model: Any, windows: Tensor) -> None:
@@ -120,15 +202,25 @@ def _check_windows(model: Any, windows: Tensor) -> None:
         raise ValueError(f"qlora.calibrate_: windows: expected tokens from 0 to {size - 1}, got {got}")
 
 
-def _targets(layer: nn.Module, prefix: str, reasons: dict[str, str], config: QuantConfig) -> list[str]:
-    """Names within a decoder layer of the linears to quantise, in the order of the module tree."""
-    return [
-        name
-        for name, module in layer.named_modules()
-        if (type(module) is nn.Linear or convert.is_conv1d(module))
-        and f"{prefix}.{name}" not in reasons
-        and convert.is_convertible(module, config)
+def _all_targets(
+    model: nn.Module, layers: nn.ModuleList, prefix: str, config: QuantConfig
+) -> list[list[str]]:
+    """Of each decoder layer the names within it of the linears to quantise, in the order of the module tree."""
+    reasons = convert.keep_reasons(model, config)
+    targets = [
+        [
+            name
+            for name, module in layer.named_modules()
+            if (type(module) is nn.Linear or convert.is_conv1d(module))
+            and f"{prefix}.{index}.{name}" not in reasons
+        ]
+        for index, layer in enumerate(layers)
     ]
+    if not any(targets):
+        raise ValueError(
+            "qlora.calibrate_: model: expected linear layers to quantise, got none in the decoder layers"
+        )
+    return targets
 
 
 def _plan(model: Any, windows: Tensor, config: QuantConfig, targets: list[list[str]]) -> dict[str, Any]:
@@ -177,9 +269,7 @@ def _calibrate_layer(
             module: Any = layer.get_submodule(name)
             weight = module.weight.detach().to(device)
             weight = weight.T.contiguous() if convert.is_conv1d(module) else weight
-            result = calibrate_weight(
-                weight, moments.square, config, f"{full_name}.weight", drift=moments.drift
-            )
+            result = calibrate_weight(weight, moments, config, f"{full_name}.weight")
             weights[name] = Params4bit._from_packed(result.packed, result.state)
             errors[name] = LayerError(full_name, result.error_absmax, result.error, result.is_calibrated)
             _set_values(working, name, weights[name])

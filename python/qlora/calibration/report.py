@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
+from .model import Calibrated
 from .work import LayerError
+
+#: What `calibrate_` did, on a model that `from_pretrained` calibrated.
+CALIBRATED_ATTRIBUTE = "_qlora_calibrated"
 
 
 def mean_ratio(errors: list[LayerError]) -> float:
@@ -22,16 +26,19 @@ def mean_ratio(errors: list[LayerError]) -> float:
     return math.exp(sum(logs) / len(logs)) if logs else 1.0
 
 
-def write_report(directory: Path, errors: list[LayerError], about: dict[str, Any]) -> None:
-    """Writes both files; `about` says what was calibrated with what."""
+def write_report(directory: Path, calibrated: Calibrated, about: dict[str, Any]) -> None:
+    """Writes both files; `about` says what was calibrated how."""
+    values = asdict(calibrated)
+    errors = values.pop("errors")
     content = {
         **about,
-        "error": "|output error|^2 / |output|^2 over the calibration text",
-        "mean_ratio": mean_ratio(errors),
-        "layers": [asdict(error) for error in errors],
+        **values,
+        "error": "sum |W y - Q x|^2 / sum |W y|^2 over the calibration text",
+        "mean_ratio": mean_ratio(calibrated.errors),
+        "layers": errors,
     }
     files.write_json(directory / "calibration.json", content)
-    files.write_bytes(directory / "calibration.png", _plot(errors))
+    files.write_bytes(directory / "calibration.png", _plot(calibrated.errors))
 
 
 def _plot(errors: list[LayerError]) -> bytes:
@@ -48,7 +55,7 @@ def _plot(errors: list[LayerError]) -> bytes:
         axes.plot([error.absmax for error in of_kind], color=color, linestyle=":", linewidth=1)
         axes.plot([error.calibrated for error in of_kind], color=color, linewidth=1.5, label=kind)
     title = f"dotted: absmax scales, solid: calibrated; geometric mean of the ratio {mean_ratio(errors):.2f}"
-    axes.set(xlabel="decoder layer", ylabel="output error, share of its energy", title=title)
+    axes.set(xlabel="decoder layer", ylabel="output error, share of the output", title=title)
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(ncols=2, fontsize="small")

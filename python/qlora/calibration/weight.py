@@ -1,4 +1,4 @@
-"""One weight, with the second moments of its layer's input, to calibrated NF4."""
+"""One weight, with the second moments of its layer's inputs, to calibrated NF4."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ..format import NESTED_BLOCK_SIZE
 from ..nn.quant_state import QuantState, code_tensor
 from ..nn.tensor import check_storage, dequantize_tensor, quantize_tensor
 from .codes import Rounder, pack
-from .feedback import Refinement, damped, inverse_factor, output_error, round_with_feedback
+from .feedback import Refinement, damped, inverse_factor, round_with_feedback
+from .moments import InputMoments
 from .scales import Scales, free_scales
 
 #: Rounds of refinement. Each takes off less: 5 %, 3 %, then about 1 % of the output error.
@@ -26,9 +27,8 @@ class CalibratedWeight:
     Attributes:
         packed: quant_storage [bytes / itemsize, 1].
         state: its QuantState.
-        error_absmax: |output error|^2 / |output|^2 over the text with the scales max |w|. The error is that beside the
-            best unquantised weight for the inputs as they are.
-        error: the same of this weight.
+        error_absmax: sum |W y - Q x|^2 / sum |W y|^2 with Q at the scales max |w|.
+        error: the same with this weight as Q, over the same inputs.
         is_calibrated: False where the scales max |w| did better and were kept.
     """
 
@@ -41,17 +41,16 @@ class CalibratedWeight:
 
 @torch.no_grad()
 def calibrate_weight(
-    weight: Tensor, moments: Tensor, config: QuantConfig, name: str, *, drift: Tensor | None = None
+    weight: Tensor, moments: InputMoments, config: QuantConfig, name: str
 ) -> CalibratedWeight:
-    """Quantises `weight` so that the layer's output changes least.
+    """Quantises `weight` W to the Q for which the layer's output changes least.
 
-    With inputs x where the original layer had y, the weight to come near is not W but that which makes W y of x:
-    W + W drift (sum x x^T)^-1, by least squares.
+    Where the inputs are x and were y, W y is best made of x by W + W (sum (y - x) x^T) (sum x x^T)^-1, by least squares:
+    Q comes near to that.
 
     Args:
         weight: float32, float16 or bfloat16 [n, k].
-        moments: float32 [k, k], the sum of x x^T over the layer's inputs x [k], on the weight's device.
-        drift: float32 [k, k], the sum of (y - x) x^T; None: x is y.
+        moments: of the layer's inputs, on the weight's device.
         config: block size, double quantisation and storage; its quant_type is "nf4".
         name: of the weight, for errors.
 
@@ -62,40 +61,33 @@ def calibrate_weight(
     check_storage(name, weight.numel(), config.torch_quant_storage)
     if not torch.isfinite(weight).all():
         raise ValueError(f"qlora: {name}: expected finite weights, got NaN or Inf")
-    if not torch.isfinite(moments).all() or not (moments.diagonal() > 0).any():
-        got = (
-            "NaN or Inf"
-            if not torch.isfinite(moments).all()
-            else "none: the calibration text never reached the layer"
-        )
+    is_finite = all(torch.isfinite(part).all() for part in (moments.square, moments.drift, moments.lost))
+    if not is_finite or not (moments.square.diagonal() > 0).any():
+        got = "NaN or Inf" if not is_finite else "none: the calibration text never reached the layer"
         raise ValueError(f"qlora: {name}: expected finite inputs that are not all 0, got {got}")
-    regular = damped(moments)
-    target = weight.float()
-    if drift is not None:
-        lower = torch.linalg.cholesky(regular.double())
-        target = target + (target @ torch.cholesky_solve(drift.T.double(), lower).T.float())
-    baseline, baseline_state = _absmax(weight, config)
+    original = weight.float()
+    regular = damped(moments.square)
+    lower = torch.linalg.cholesky(regular.double())
+    target = original + (original @ torch.cholesky_solve(moments.drift.T.double(), lower).T.float())
     result, scales = _search(target, regular, config)
-    packed, state = _pack(result, scales, weight, config)
-    total = output_error(target, moments)
-    total = total if total > 0 else 1.0  # a weight of zeros has no error
-    before = (
-        output_error(target - dequantize_tensor(baseline, baseline_state, torch.float32), moments) / total
-    )
-    after = output_error(target - dequantize_tensor(packed, state, torch.float32), moments) / total
-    if after < before:
-        return CalibratedWeight(packed, state, before, after, True)
-    return CalibratedWeight(baseline, baseline_state, before, before, False)
+    energy = moments.output_energy(original)
+    energy = energy if energy > 0 else 1.0  # a weight of zeros has no error
 
+    def error(packed: Tensor, state: QuantState) -> float:
+        return moments.output_error(original, dequantize_tensor(packed, state, torch.float32)) / energy
 
-def _absmax(weight: Tensor, config: QuantConfig) -> tuple[Tensor, QuantState]:
-    return quantize_tensor(
+    baseline = quantize_tensor(
         weight,
         block_size=config.block_size,
         quant_type="nf4",
         double_quant=config.double_quant,
         quant_storage=config.torch_quant_storage,
     )
+    calibrated = _pack(result, scales, weight, config)
+    before, after = error(*baseline), error(*calibrated)
+    if after < before:
+        return CalibratedWeight(*calibrated, before, after, True)
+    return CalibratedWeight(*baseline, before, before, False)
 
 
 def _search(weight: Tensor, moments: Tensor, config: QuantConfig) -> tuple[Tensor, Scales]:

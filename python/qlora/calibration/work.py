@@ -1,4 +1,4 @@
-"""The work directory of a calibration: a file for each finished decoder layer, so that a killed run goes on from there."""
+"""The work directory of a calibration: a file for each finished step, so that a killed run goes on from there."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from torch import Tensor
 
 from .. import files
 from ..nn.params import Params4bit
+from .budget import Harm
 
 _PLAN = "plan.json"
+_HARMS = "harms.json"
 
 
 @dataclass
 class LayerError:
-    """Share of a linear layer's output that quantising its weight loses: |error|^2 / |output|^2 over the text.
+    """Share of a linear layer's output that is lost: sum |W y - Q x|^2 / sum |W y|^2 over the text.
+
+    W is the original weight, y its inputs in the original model, x those that the quantised layers before give.
 
     Attributes:
         name: dotted name in the model.
-        absmax: with the scales max |w|.
-        calibrated: as it was stored.
+        absmax: with Q at the scales max |w|, over the same x.
+        calibrated: with Q as it was stored.
         is_calibrated: False where the scales max |w| did better and were kept.
     """
 
@@ -36,7 +40,7 @@ class LayerError:
 
 
 class Work:
-    """A directory with `plan.json`, which says what is being calibrated how, and the finished layers.
+    """A directory with `plan.json`, which says what is being calibrated how, and what is finished.
 
     Raises:
         ValueError: the directory belongs to another plan, or is no such directory.
@@ -59,6 +63,26 @@ class Work:
             )
         else:
             files.write_json(path, plan)
+
+    def save_harms(self, source: str, harms: list[Harm]) -> None:
+        """Writes what `budget.measure_harm` found; `source` is the digest of the weights that it was found for."""
+        files.write_json(
+            self.directory / _HARMS, {"source": source, "harms": [asdict(item) for item in harms]}
+        )
+
+    def load_harms(self, source: str) -> list[Harm] | None:
+        """What `save_harms` wrote, or None where nothing is written yet.
+
+        Raises:
+            ValueError: it was found for other weights.
+        """
+        path = self.directory / _HARMS
+        if not path.is_file():
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["source"] != source:
+            raise ValueError(f"qlora: {path}: expected harms of this model's weights, got those of others")
+        return [Harm(**values) for values in content["harms"]]
 
     def _path(self, index: int) -> Path:
         return self.directory / f"layer-{index:05d}.safetensors"

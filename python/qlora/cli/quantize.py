@@ -8,7 +8,6 @@ finished waits beside DIR, in DIR.calibration, for the same command to go on fro
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from qlora.cli.main import UsageError
 
 NAME = "quantize"
 HELP = "write a 4-bit checkpoint of a model"
-CALIBRATE_TOKENS = 32768
+# Options that say how to calibrate, by their names in the parsed arguments.
+OF_CALIBRATION = ("calibrate_tokens", "budget", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
                         help="of what is not quantised; default: %(default)s")  # fmt: skip
     parser.add_argument(
-        "--calibrate", type=Path, metavar="TEXT_FILE", help="fit the NF4 codes and scales to this plain text"
+        "--calibrate",
+        metavar="TEXT",
+        help="fit the NF4 codes and scales to this plain text file, or to the column text of a .jsonl, .json, .parquet or "
+        ".csv file",
     )
     parser.add_argument(
-        "--calibrate-tokens",
-        type=int,
-        metavar="N",
-        help=f"tokens of it that are used; default: {CALIBRATE_TOKENS}",
+        "--calibrate-tokens", type=int, metavar="N", help="tokens of it that are used; default: 32768"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of which part of it is used; default: 0")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="BITS",
+        help="with --calibrate: mean bits a weight of the linear layers; those that harm most stay in 16 bit",
     )
 
 
@@ -50,11 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out.exists():
         raise UsageError(f"--out: {arguments.out} exists already")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import qlora
-    from qlora import files
-    from qlora.calibration.report import mean_ratio, write_report
     from qlora.cli.quiet import quiet_libraries
     from qlora.train.model import pick_device
 
@@ -68,80 +72,79 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if arguments.calibrate is None and arguments.calibrate_tokens is not None:
-        raise UsageError("--calibrate-tokens: expected with --calibrate TEXT_FILE, got it alone")
+    alone = [name for name in OF_CALIBRATION if getattr(arguments, name) is not None]
+    if arguments.calibrate is None and alone:
+        raise UsageError(f"--{alone[0].replace('_', '-')}: expected with --calibrate TEXT, got it alone")
     quiet_libraries()
     device = pick_device(use_cpu=False)
     began = time.perf_counter()
-    errors = None
-    if arguments.calibrate is None:
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments.model,
-            quantization_config=config,
-            dtype=getattr(torch, arguments.dtype),
-            device_map={"": device} if device.type == "cuda" else None,
-        )
-    else:
-        model, errors, about = _calibrated(arguments, config, device)
-    print(qlora.report(model).summary())
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    except (OSError, ValueError) as error:
-        tokenizer = None
-        print(f"no tokenizer in {arguments.model} to copy: {str(error).splitlines()[0]}")
-    with files.whole_directory(arguments.out) as directory:
-        model.save_pretrained(str(directory))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(directory))
-        if errors is not None:
-            write_report(directory, errors, about)
-    if errors is not None:
-        shutil.rmtree(_work_directory(arguments.out))
-        print(
-            f"output error of the layers: {mean_ratio(errors):.2f} of that with absmax scales (geometric mean)"
-        )
+    write = _write_plain if arguments.calibrate is None else _write_calibrated
+    write(arguments, config, device, getattr(torch, arguments.dtype))
     size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
     print(f"written to {arguments.out}: {size / 1e6:,.0f} MB in {time.perf_counter() - began:.0f} s")
     return 0
 
 
-def _work_directory(out: Path) -> Path:
-    return out.with_name(f"{out.name}.calibration")
+def _write_plain(arguments: argparse.Namespace, config: Any, device: Any, dtype: Any) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import qlora
+    from qlora.integrations.transformers_save import save_model
+
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model,
+        quantization_config=config,
+        dtype=dtype,
+        device_map={"": device} if device.type == "cuda" else None,
+    )
+    print(qlora.report(model).summary())
+    try:
+        others = [AutoTokenizer.from_pretrained(arguments.model)]
+    except (OSError, ValueError) as error:
+        others = []
+        print(f"no tokenizer in {arguments.model} to copy: {str(error).splitlines()[0]}")
+    save_model(model, arguments.out, *others)
 
 
-def _calibrated(
-    arguments: argparse.Namespace, config: Any, device: Any
-) -> tuple[Any, list[Any], dict[str, Any]]:
-    """The model in calibrated NF4, the errors of its layers and what the report says about it."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def _write_calibrated(arguments: argparse.Namespace, config: Any, device: Any, dtype: Any) -> None:
+    from transformers import AutoConfig, AutoTokenizer
 
-    from qlora.calibration import calibrate_
-    from qlora.calibration.text import read_text
+    import qlora
+    from qlora.calibration import mean_ratio, token_windows
+    from qlora.integrations.transformers_calibration import longest_text, write_calibrated
+    from qlora.train import data
 
-    if config.quant_type != "nf4":
-        raise UsageError(f"--calibrate: expected --quant-type nf4, got {config.quant_type}")
     model_config = AutoConfig.from_pretrained(arguments.model)
     if getattr(model_config, "quantization_config", None) is not None:
         raise UsageError(
             f"MODEL: expected a model in 16 or 32 bit to calibrate, got a quantised one: {arguments.model}"
         )
-    longest = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
-    num_tokens = CALIBRATE_TOKENS if arguments.calibrate_tokens is None else arguments.calibrate_tokens
+    options = {"num_tokens": arguments.calibrate_tokens, "seed": arguments.seed, "budget": arguments.budget}
+    given = {name: value for name, value in options.items() if value is not None}
     try:
+        text: Any = Path(arguments.calibrate)
+        if text.suffix.lower() in data.LOADERS:
+            text = data.load(arguments.calibrate, config=None, split="train", columns=None)
+        calibration = qlora.Calibration(text, **given)
+        config = qlora.QuantConfig(**{**vars(config), "calibration": calibration})
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        text = read_text(arguments.calibrate, tokenizer, num_tokens, longest)
-    except (ValueError, OSError) as error:
+        windows = token_windows(calibration, tokenizer, longest_text(model_config))
+    except (ValueError, TypeError, OSError) as error:
         raise UsageError(str(error)) from error
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
-    errors = calibrate_(model, text.windows, config, work=_work_directory(arguments.out), device=device)
-    about = {
-        "model": arguments.model,
-        "text": arguments.calibrate.name,
-        "text_sha256": text.sha256,
-        "windows": list(text.windows.shape),
-        "block_size": config.block_size,
-        "double_quant": config.double_quant,
-        "torch": torch.__version__,
-    }
-    return model, errors, about
+    model, done = write_calibrated(
+        arguments.model,
+        arguments.out,
+        windows,
+        config,
+        budget=calibration.budget,
+        device=device,
+        about={"model": arguments.model, "text": Path(arguments.calibrate).name, "seed": calibration.seed},
+        tokenizer=tokenizer,
+        dtype=dtype,
+    )
+    print(qlora.report(model).summary())
+    if done.kept:
+        print(f"in 16 bit for a budget of {done.budget:g} bits: {', '.join(done.kept)}")
+    print(
+        f"output error of the layers: {mean_ratio(done.errors):.2f} of that with absmax scales (geometric mean)"
+    )

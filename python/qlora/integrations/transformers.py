@@ -53,6 +53,10 @@ def _patch_merge(owner: Any) -> None:
                 f"qlora: quantization_config: expected a 16-bit or 4-bit bitsandbytes checkpoint for a QuantConfig, got "
                 f"one of {getattr(merged, 'quant_method', merged)}"
             )
+        if given.calibration is not None:
+            raise ValueError(
+                "qlora: quantization_config: expected a 16-bit checkpoint for a calibration, got a 4-bit one"
+            )
         stored = from_bitsandbytes(merged)
         stored.skip_modules = merged.llm_int8_skip_modules
         if given.compute_dtype != "auto":

@@ -7,6 +7,7 @@ directions.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from ..nn.params import Params4bit, plain_tensor
 from ..nn.report import KEPT_ATTRIBUTE, report
 from ..nn.tensor import is_finite
 from .streaming import WeightStreamer
+from .transformers_calibration import calibrate_loaded, only_device, read_windows
 from .transformers_ops import Defer, Deserialize, Quantize, is_ours
 
 logger = logging.getLogger("qlora")
@@ -34,7 +36,7 @@ class QloraHfQuantizer(HfQuantizer):
     """Loads linear layers as `qlora.nn.Linear4bit`, from 16-bit checkpoints or 4-bit ones of bitsandbytes' layout.
 
     A 16-bit checkpoint is quantised tensor by tensor on the device it goes to: what is needed beside the 4-bit model
-    is room for one tensor.
+    is room for one tensor. With a calibration it is read into host memory first (transformers_calibration.py).
     """
 
     requires_calibration = False
@@ -55,6 +57,7 @@ class QloraHfQuantizer(HfQuantizer):
         self.finite: dict[str, torch.Tensor] = {}
         self.modules_to_not_convert: list[str] = []
         self._streamer = WeightStreamer()
+        self._windows: torch.Tensor | None = None  # tokens of the calibration, between its two halves
 
     # ------------------------------------------------------------------------------------------- what transformers asks
     @property
@@ -80,8 +83,11 @@ class QloraHfQuantizer(HfQuantizer):
             )
 
     def update_device_map(self, device_map: Any) -> Any:
+        if self.config.calibration is not None:
+            self._device = only_device(device_map, _default_device())
+            return {"": "cpu"}
         if device_map is None:
-            return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+            return {"": _default_device()}
         return device_map
 
     @property
@@ -112,6 +118,8 @@ class QloraHfQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[Any]:
         from transformers.core_model_loading import WeightConverter
 
+        if self.config.calibration is not None:
+            return []
         if self.pre_quantized:
             return [WeightConverter(Deserialize.source_patterns(), "weight", [Deserialize(self)])]
         return [WeightConverter("weight", "weight", [Defer(self)], force_cpu=True)]
@@ -123,6 +131,9 @@ class QloraHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
+        if self.config.calibration is not None:
+            self._windows = read_windows(self.config.calibration, model.config)
+            return model
         config = self._resolve(model, device_map)
         reasons = self._keep_reasons(model, device_map)
         stored = _quantized_names(checkpoint_files) if self.pre_quantized else None
@@ -203,6 +214,13 @@ class QloraHfQuantizer(HfQuantizer):
 
     # --------------------------------------------------------------------------------------------------- after the load
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._windows is not None:
+            dtype = self.config.resolve_compute_dtype(self._device)
+            config = self.config if dtype is None else dataclasses.replace(self.config, compute_dtype=dtype)
+            calibrate_loaded(model, self._windows, config, self._device)
+            self._windows = None
+            announce(model)
+            return model
         self._finish(model)
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:

@@ -196,11 +196,16 @@ def quantize_(
     Raises:
         TypeError: config is no QuantConfig.
         ValueError: a weight holds NaN or Inf (the layer is named and it and the later ones are left as they are), or
-            does not fill whole items of quant_storage.
+            does not fill whole items of quant_storage; or config.calibration is not None.
     """
     config = QuantConfig() if config is None else config
     if not isinstance(config, QuantConfig):
         raise TypeError(f"qlora.quantize_: config: expected a QuantConfig, got {type(config).__name__}")
+    if config.calibration is not None:
+        raise ValueError(
+            "qlora.quantize_: config.calibration: expected None, got a Calibration: from_pretrained takes it, and "
+            "qlora.calibration.calibrate_ fits a model to tokens"
+        )
     if is_convertible(model, config):
         return quantize_module(model, config, name="the layer", device=device)
     reasons = keep_reasons(model, config)
