@@ -56,6 +56,18 @@ def test_calibrated_checkpoint_is_of_bitsandbytes_layout(model: Path, text: Path
     assert [key for key in stored if not torch.equal(state[key], stored[key])] == []
 
 
+def test_a_data_set_is_a_text(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    rows = tiny_run.write_rows(
+        tmp_path / "rows.jsonl", [{"text": f"{n} plus {n} is {2 * n}"} for n in range(40)]
+    )
+    out = tmp_path / "out"
+    arguments = ("--out", out, "--calibrate", rows, "--calibrate-tokens", "256", "--seed", "3")
+    assert tiny_run.run_in_process("quantize", model, *arguments) == 0
+    report = json.loads((out / "calibration.json").read_text())
+    assert (report["text"], report["seed"], report["windows"]) == ("rows.jsonl", 3, [1, 256])
+
+
 def test_bitsandbytes_loads_the_checkpoint(model: Path, text: Path, tmp_path: Path) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
     from safetensors.torch import load_file
@@ -84,7 +96,7 @@ def test_bitsandbytes_loads_the_checkpoint(model: Path, text: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        (None, [], "No such file"),
+        (None, [], "expected the path of a text file (texts go in a list), got"),
         (b"", [], "text.txt: expected a text, got an empty file"),
         (b"\xff\xfe\x00", [], "expected UTF-8 text"),
         (

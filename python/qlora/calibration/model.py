@@ -106,6 +106,7 @@ def calibrate_(
             config = dataclasses.replace(config, skip_modules=[*(config.skip_modules or []), *result.kept])
             targets = _all_targets(model, layers, prefix, config)
         reasons = convert.keep_reasons(model, config)
+        reasons |= dict.fromkeys(result.kept, f"budget of {budget} bits a weight")
         result.errors = _calibrate_layers(layers, targets, prefix, inputs, config, state, device)
         convert.quantize_(model, config)  # the rest, and the notes that hosts make
         setattr(model, KEPT_ATTRIBUTE, reasons)

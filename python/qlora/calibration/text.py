@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,10 @@ def cut(tokens: Tensor, begin: list[int], length: int) -> Tensor:
 
 
 def _read(path: Path) -> str:
+    if not os.path.isfile(path):  # a Path itself raises where the name is too long for one
+        raise FileNotFoundError(
+            f"qlora: calibration: expected the path of a text file (texts go in a list), got {str(path)[:80]!r}"
+        )
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:

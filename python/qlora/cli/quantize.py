@@ -143,8 +143,6 @@ def _write_calibrated(arguments: argparse.Namespace, config: Any, device: Any, d
         dtype=dtype,
     )
     print(qlora.report(model).summary())
-    if done.kept:
-        print(f"in 16 bit for a budget of {done.budget:g} bits: {', '.join(done.kept)}")
     print(
         f"output error of the layers: {mean_ratio(done.errors):.2f} of that with absmax scales (geometric mean)"
     )

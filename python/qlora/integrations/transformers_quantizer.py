@@ -132,7 +132,8 @@ class QloraHfQuantizer(HfQuantizer):
         self, model: Any, device_map: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         if self.config.calibration is not None:
-            self._windows = read_windows(self.config.calibration, model.config)
+            with torch.device("cpu"):  # transformers builds models on the meta device
+                self._windows = read_windows(self.config.calibration, model.config)
             return model
         config = self._resolve(model, device_map)
         reasons = self._keep_reasons(model, device_map)
