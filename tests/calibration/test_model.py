@@ -21,7 +21,7 @@ import tiny_models
 
 from qlora.calibration import calibrate_
 from qlora.calibration.layers import find_decoder_layers, record_inputs, run_layer
-from qlora.calibration.moments import input_groups, input_moments
+from qlora.calibration.moments import RecordedInputs, input_moments, record_linears
 from qlora.calibration.work import Work
 from qlora.nn import Linear4bit
 
@@ -80,22 +80,38 @@ class Block(torch.nn.Module):
         return self.c(self.a(hidden) + self.b(hidden))
 
 
+def recorded(layer: torch.nn.Module, names: list[str], hidden: list[Tensor]) -> RecordedInputs:
+    return record_linears(layer, names, hidden, ((), {}))
+
+
 def test_linears_are_grouped_by_input_in_the_order_in_which_they_run() -> None:
-    hidden = [torch.zeros(1, 5, 8)]
-    assert input_groups(Block(), ["c", "a", "b"], hidden, ((), {})) == [["a", "b"], ["c"]]
+    layer, hidden = Block(), list(torch.randn(2, 1, 5, 8, generator=torch.Generator().manual_seed(0)))
+    before = list(hidden)
+    found = recorded(layer, ["c", "a", "b"], hidden)
+    assert found.groups == [["a", "b"], ["c"]]
+    with torch.no_grad():
+        for window in range(2):
+            assert torch.equal(found.of_group[0][window], before[window][0])
+            between = layer.a(before[window]) + layer.b(before[window])
+            assert torch.equal(found.of_group[1][window], between[0])
+            assert torch.equal(hidden[window], layer.c(between))  # the window after the layer
 
 
 def test_a_linear_that_never_runs_is_named() -> None:
     layer = Block()
     layer.spare = torch.nn.Linear(8, 8)
     with pytest.raises(ValueError, match="spare: expected inputs from the calibration text, got none"):
-        input_groups(layer, ["a", "spare"], [torch.zeros(1, 5, 8)], ((), {}))
+        recorded(layer, ["a", "spare"], [torch.zeros(1, 5, 8)])
+
+
+def test_a_layer_that_gets_other_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a: expected the same tokens .* got \[4, 8\] and \[5, 8\]"):
+        input_moments("a", [torch.zeros(4, 8)], Block(), [torch.zeros(1, 5, 8)], ((), {}))
 
 
 def test_moments_are_those_of_the_inputs() -> None:
-    layer = Block()
     original, quantised = torch.randn(2, 2, 1, 5, 8, generator=torch.Generator().manual_seed(0))
-    moments = input_moments("a", (layer, list(original)), (layer, list(quantised)), ((), {}))
+    moments = input_moments("a", list(original[:, 0]), Block(), list(quantised), ((), {}))
     x, y = quantised.reshape(-1, 8).double(), original.reshape(-1, 8).double()
     # float32 sums of 10 products each, of two roundings a term.
     bound = 12 * 2.0**-24 * ((x.abs() + y.abs()).T @ x.abs())
@@ -108,8 +124,7 @@ def test_moments_are_those_of_the_inputs() -> None:
 def test_no_token_outweighs_the_others() -> None:
     hidden = torch.ones(1, 101, 8)
     hidden[0, 0] = 1000.0
-    layer = Block()
-    moments = input_moments("a", (layer, [hidden]), (layer, [hidden]), ((), {}))
+    moments = input_moments("a", [hidden[0]], Block(), [hidden], ((), {}))
     # A hundred tokens, and one that counts as 16 of them; float32 sums of 101 terms.
     assert ((moments.square - 116.0).abs() <= 102 * 2.0**-24 * 116.0).all()
     assert torch.equal(moments.drift, torch.zeros(8, 8))

@@ -18,7 +18,7 @@ from ..nn.params import Params4bit
 from ..nn.report import KEPT_ATTRIBUTE
 from .budget import Harm, check_budget, choose_kept, measure_harm
 from .layers import LayerInputs, find_decoder_layers, record_inputs, run_layer, to_float32
-from .moments import input_groups, input_moments
+from .moments import RecordedInputs, input_moments, record_linears
 from .weight import calibrate_weight
 from .work import LayerError, Work, digest
 
@@ -62,9 +62,9 @@ def calibrate_(
     The windows go through decoder layer i in float32 twice, as the original layers before it give them and as the
     quantised ones do, while moments of a linear's inputs are summed up. It gets the weight that makes of the second what
     it made of the first, then the next linear follows. In the end the windows go through the original layer and the
-    quantised one, which gives the inputs of layer i + 1. On `device` are two copies of one layer in float32 and what
-    fitting one weight takes: about eight [k, k] matrices of float32 and ten times the weight. The model may stay on the
-    CPU, in 16 bits; where it is are two float32 hidden states of every token.
+    quantised one, which gives the inputs of layer i + 1. On `device` are one layer in float32 and what fitting one
+    weight takes: about eight [k, k] matrices of float32 and ten times the weight. The model may stay on the CPU, in 16
+    bits; where it is are, in float32, two hidden states of every token and what one layer's linears get of it.
 
     Linears outside the decoder layers, and embeddings if the configuration wants them, are quantised as
     `qlora.quantize_` does it. Where this raises, finished layers of the model are in 4 bits.
@@ -135,17 +135,17 @@ def _calibrate_layers(
         weights: dict[str, Params4bit] = {}
         found: list[LayerError] = []
         if names and (state is None or not state.has(index)):
-            weights, found = _calibrate_layer(
-                layer, dense, names, name, original, inputs.hidden, arguments, config
-            )
+            recorded = record_linears(dense, names, original, arguments)
+            weights, found = _fit_layer(layer, dense, recorded, name, inputs.hidden, arguments, config)
             if state is not None:
                 state.save(index, source, weights, found)
+        else:
+            _run(dense, original, arguments)
         if names and state is not None:
             # From the file in any case: a run that was resumed computes with the same bytes.
             weights, found = state.load(index, source, names)
         errors += found
         if index + 1 < len(layers):
-            _run(dense, original, arguments)
             for linear, weight in weights.items():
                 _set_values(dense, linear, weight)
             _run(dense, inputs.hidden, arguments)
@@ -245,26 +245,25 @@ def _run(working: nn.Module, hidden: list[Tensor], arguments: Any) -> None:
         hidden[window] = run_layer(working, value.to(device), arguments).to(value.device)
 
 
-def _calibrate_layer(
+def _fit_layer(
     layer: nn.Module,
     dense: nn.Module,
-    names: list[str],
+    recorded: RecordedInputs,
     prefix: str,
-    original: list[Tensor],
     hidden: list[Tensor],
     arguments: Any,
     config: QuantConfig,
 ) -> tuple[dict[str, Params4bit], list[LayerError]]:
     """Quantises the linears in the order in which they run, so that each is fitted to what those before it give.
 
-    `dense` is the layer in float32 on the device; it is left as it is.
+    `dense` is the layer in float32 on the device; its linears take the values of their 4-bit weights.
     """
     device = next(dense.parameters()).device
-    working = copy.deepcopy(dense)
     weights: dict[str, Params4bit] = {}
     errors: dict[str, LayerError] = {}
-    for group in input_groups(dense, names, hidden, arguments):
-        moments = input_moments(group[0], (dense, original), (working, hidden), arguments)
+    for group, original in zip(recorded.groups, recorded.of_group, strict=True):
+        moments = input_moments(group[0], original, dense, hidden, arguments)
+        original.clear()  # no longer needed
         for name in group:
             full_name = f"{prefix}.{name}"
             module: Any = layer.get_submodule(name)
@@ -273,7 +272,9 @@ def _calibrate_layer(
             result = calibrate_weight(weight, moments, config, f"{full_name}.weight")
             weights[name] = Params4bit._from_packed(result.packed, result.state)
             errors[name] = LayerError(full_name, result.error_absmax, result.error, result.is_calibrated)
-            _set_values(working, name, weights[name])
+        for name in group:
+            _set_values(dense, name, weights[name])
+    names = [name for name, _ in layer.named_modules() if name in weights]
     return {name: weights[name] for name in names}, [errors[name] for name in names]
 
 

@@ -54,25 +54,44 @@ class _LinearReachedError(Exception):
     """Ends a forward pass that is run only for what one linear is given."""
 
 
+@dataclass
+class RecordedInputs:
+    """The inputs of a decoder layer's linears over a text.
+
+    Attributes:
+        groups: names of the linears in the order in which they run, those given the same tensor together.
+        of_group: of each group and window float32 [num_tokens, k], None where the window does not reach it; where the
+            hidden states are.
+    """
+
+    groups: list[list[str]]
+    of_group: list[list[Tensor | None]]
+
+
 @torch.no_grad()
-def input_groups(
+def record_linears(
     layer: nn.Module, names: list[str], hidden: list[Tensor], arguments: LayerArguments
-) -> list[list[str]]:
-    """The linears `names` of a decoder layer in the order in which they run, those given the same tensor together.
+) -> RecordedInputs:
+    """Runs a decoder layer over each window, which is replaced by its output, and records what the linears get.
 
     Raises:
         ValueError: no token of the windows reaches one of them.
     """
-    seen: dict[str, list[str]] = {}
+    owners: dict[str, str] = {}
+    inputs: dict[str, list[Tensor | None]] = {}
+    window_idx = 0
     last: list[tuple[Tensor, str]] = []
 
     def hook(name: str) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
             x: Tensor = args[0] if args else kwargs["input"]
-            if not any(name in group for group in seen.values()):
-                owner = last[-1][1] if last and last[-1][0] is x else name
-                seen.setdefault(owner, []).append(name)
-                last[:] = [(x, owner)]
+            if name not in owners:
+                owners[name] = last[-1][1] if last and last[-1][0] is x else name
+                inputs.setdefault(owners[name], [None] * len(hidden))
+            last[:] = [(x, owners[name])]
+            if owners[name] == name and inputs[name][window_idx] is None:
+                flat = x.reshape(-1, x.shape[-1])
+                inputs[name][window_idx] = flat.to(hidden[window_idx].device, copy=True)
 
         return note
 
@@ -81,45 +100,51 @@ def input_groups(
     ]
     device = next(layer.parameters()).device
     try:
-        for window in hidden:
-            run_layer(layer, window.to(device), arguments)
-            if sum(map(len, seen.values())) == len(names):
-                return list(seen.values())
+        for window_idx, window in enumerate(hidden):
+            last.clear()
+            hidden[window_idx] = run_layer(layer, window.to(device), arguments).to(window.device)
     finally:
         for handle in handles:
             handle.remove()
-    missing = [name for name in names if not any(name in group for group in seen.values())]
-    raise ValueError(
-        f"qlora: {missing[0]}: expected inputs from the calibration text, got none: no token reaches this layer"
-    )
+    missing = [name for name in names if name not in owners]
+    if missing:
+        raise ValueError(
+            f"qlora: {missing[0]}: expected inputs from the calibration text, got none: no token reaches this layer"
+        )
+    groups = [[name for name in owners if owners[name] == owner] for owner in inputs]
+    return RecordedInputs(groups, list(inputs.values()))
 
 
 @torch.no_grad()
 def input_moments(
     name: str,
-    original: tuple[nn.Module, list[Tensor]],
-    quantised: tuple[nn.Module, list[Tensor]],
+    original: list[Tensor | None],
+    layer: nn.Module,
+    hidden: list[Tensor],
     arguments: LayerArguments,
 ) -> InputMoments:
-    """The sums for one linear: of the original decoder layer over its windows, and of the quantised one over its own.
+    """The sums for one linear.
+
+    Args:
+        original: y of each window, as `record_linears` gives them.
+        layer, hidden: the decoder layer and its inputs in the quantised model, which give x.
 
     Raises:
-        ValueError: the two do not give the linear the same number of tokens.
+        ValueError: x and y are not of the same number of tokens.
     """
     sums: InputMoments | None = None
-    for of_original, of_quantised in zip(original[1], quantised[1], strict=True):
-        y = _input_of(original[0], name, of_original, arguments)
-        x = _input_of(quantised[0], name, of_quantised, arguments)
-        if y is None and x is None:
+    for recorded, window in zip(original, hidden, strict=True):
+        x = _input_of(layer, name, window, arguments)
+        if recorded is None and x is None:
             continue
-        if y is None or x is None or y.shape != x.shape:
-            shapes = [None if value is None else list(value.shape) for value in (y, x)]
+        if recorded is None or x is None or recorded.shape != x.shape:
+            shapes = [None if value is None else list(value.shape) for value in (recorded, x)]
             raise ValueError(
                 f"qlora: {name}: expected the same tokens before and after quantisation, got {shapes[0]} and {shapes[1]}: "
                 "a layer that chooses its tokens cannot be calibrated"
             )
         weights = _token_weights(x)[:, None]
-        lost = y - x
+        lost = recorded.to(x.device) - x
         if sums is None:
             sums = InputMoments(*torch.zeros(3, x.shape[1], x.shape[1], device=x.device).unbind())
         sums.square.addmm_((weights * x).T, x)
