@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.cli.main import UsageError
-from qlora.cli.trained import arguments_of, quantisation_of
+from qlora.cli.trained import arguments_of, base_of, quantisation_of
 
 NAME = "generate"
 HELP = "answer prompts with a model or the last training's result"
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def find_model(model: str | None, adapter: str | None) -> tuple[str, Path | None]:
     """The base model's directory or hub name, and the adapter's directory (None without one)."""
-    from qlora.train import session, smollm2
+    from qlora.train import session
 
     if adapter is not None and not is_adapter(Path(adapter)):
         raise UsageError(f"--adapter: expected a directory with adapter_config.json, got {adapter}")
@@ -96,22 +96,13 @@ def find_model(model: str | None, adapter: str | None) -> tuple[str, Path | None
         return model, None
     if model is None:
         model = base_of(Path(adapter))
-        if not Path(model).exists() and Path(model).name == smollm2.DIRECTORY:
-            model = str(smollm2.model_directory())  # trained on another machine or with another cache
+        if model is None:
+            raise ValueError(f"{adapter}: adapter_config.json names no base model; give it as MODEL")
     return model, Path(adapter)
 
 
 def is_adapter(directory: Path) -> bool:
     return (directory / "adapter_config.json").is_file()
-
-
-def base_of(adapter: Path) -> str:
-    import json
-
-    base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{adapter}: adapter_config.json names no base model; give it as MODEL")
-    return str(base)
 
 
 def load(base: str, adapter: Path | None, *, device: Any, in_4bit: bool) -> tuple[Any, Any]:

@@ -9,11 +9,10 @@ expects; `--mode dequantized` merges into the quantised weights, as they were in
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from qlora.cli.main import UsageError
-from qlora.cli.trained import quantisation_of
+from qlora.cli.trained import base_of, quantisation_of
 
 NAME = "merge"
 HELP = "merge an adapter into its base: a 16-bit checkpoint"
@@ -61,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     report = qlora.merge(
         arguments.adapter,
-        arguments.base or _built_in_base(directory),
+        arguments.base or base_of(directory),
         out=arguments.out,
         dtype=getattr(torch, arguments.dtype),
         mode=arguments.mode,
@@ -71,16 +70,3 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(report.summary())
     return 0
-
-
-def _built_in_base(adapter: Path) -> str | None:
-    """The built-in model in this user's cache, where the adapter was trained on it; else None: the adapter's own."""
-    from qlora.train import smollm2
-
-    try:
-        name = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    except (OSError, ValueError):
-        return None
-    if name and not Path(name).exists() and Path(name).name == smollm2.DIRECTORY:
-        return str(smollm2.model_directory())
-    return None

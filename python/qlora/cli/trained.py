@@ -1,4 +1,4 @@
-"""What `qlora train` wrote beside an adapter: args.json, the arguments of the run."""
+"""What `qlora train` wrote beside an adapter: args.json, the arguments of the run, and with --calibrate the base."""
 
 from __future__ import annotations
 
@@ -22,3 +22,22 @@ def quantisation_of(adapter: Path) -> dict[str, Any]:
     """Those of `arguments_of` that say how the base was stored: the ones of `QUANTISATION` that are there."""
     written = arguments_of(adapter)
     return {name: written[name] for name in QUANTISATION if name in written}
+
+
+def base_of(adapter: Path) -> str | None:
+    """The base model that an adapter names, or None.
+
+    One that moved is looked for where `qlora train` puts it: a calibrated one beside the adapter, the built-in model in
+    this user's cache.
+    """
+    from qlora.train import smollm2
+
+    try:
+        name = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError):
+        return None
+    if not name or Path(name).exists():
+        return name or None
+    if (adapter / Path(name).name / "config.json").is_file():
+        return str(adapter / Path(name).name)
+    return str(smollm2.model_directory() if Path(name).name == smollm2.DIRECTORY else name)

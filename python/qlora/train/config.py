@@ -82,6 +82,13 @@ class QloraArguments:
     )
     block_size: int = field(default=64, metadata={"help": "Weights that share a scale: 32, 64, ... 4096."})
     double_quant: bool = field(default=True, metadata={"help": "Store the scales in 8 bits as well."})
+    calibrate: bool = field(
+        default=False,
+        metadata={"help": "Fit the NF4 codes and scales to the training data first; kept in output_dir."},
+    )
+    calibrate_tokens: int = field(
+        default=32768, metadata={"help": "Tokens of the training data that calibrate uses."}
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(
         default=32, metadata={"help": "The adapter is scaled by alpha / r (rsLoRA: / sqrt(r))."}

@@ -2,6 +2,8 @@
 
 load -> quantise -> adapter -> held-out loss and samples -> training -> held-out loss and samples -> artifacts
 
+With `calibrate` the quantised base is written before it is loaded (calibrated_base.py).
+
 `output_dir` afterwards: the adapter and tokenizer, args.yaml (a CONFIG for another run), args.json, metrics.jsonl (one
 log a line), metrics.json, loss.png, samples.md and the last checkpoints.
 """
@@ -26,7 +28,7 @@ import torch
 
 from qlora import files
 from qlora.nn import report
-from qlora.train import checkpoints, data, default_task, example, samples, smollm2
+from qlora.train import calibrated_base, checkpoints, data, default_task, example, samples, smollm2
 from qlora.train import model as models
 from qlora.train.config import Config, ConfigError, QloraArguments
 from qlora.train.results import RESULT_FILES, Measured, write_history, write_results
@@ -75,7 +77,9 @@ def run(config: Config, *, resume: str | None, dry_run: bool) -> int:
     device = models.pick_device(bool(config.sft.get("use_cpu")))
     defaults = _defaults(config, device, output_dir)
     with _no_empty_directory(output_dir):  # transformers' trainer makes it
-        prepared = _prepare(config, defaults, device)
+        prepared = _prepare(config, defaults, device, output_dir, dry_run=dry_run)
+        if checkpoint is not None:
+            _check_base(checkpoint, prepared)
         _print_plan(prepared, device)
         if dry_run:
             print("dry run: nothing was trained or written")
@@ -128,7 +132,9 @@ def _defaults(config: Config, device: torch.device, output_dir: Path) -> dict[st
     return defaults | {"output_dir": str(output_dir)}
 
 
-def _prepare(config: Config, defaults: dict[str, Any], device: torch.device) -> Prepared:
+def _prepare(
+    config: Config, defaults: dict[str, Any], device: torch.device, output_dir: Path, *, dry_run: bool
+) -> Prepared:
     from qlora.train import trainer as training
 
     arguments = config.arguments(defaults)
@@ -139,6 +145,21 @@ def _prepare(config: Config, defaults: dict[str, Any], device: torch.device) -> 
         name = str(smollm2.model_directory())
     tokenizer = models.load_tokenizer(name, arguments.model_revision, sft.trust_remote_code)
     train, held_out = _datasets(arguments, sft, tokenizer)
+    if arguments.calibrate and dry_run:
+        print("dry run: the base is not calibrated")
+    elif arguments.calibrate:
+        texts = calibrated_base.TrainingTexts(train, tokenizer, sft.dataset_text_field)
+        base = calibrated_base.calibrated_base(
+            name,
+            arguments,
+            texts,
+            output_dir,
+            seed=sft.seed,
+            dtype=_dtype(config, defaults),
+            device=device,
+            trust_remote_code=sft.trust_remote_code,
+        )
+        name = str(base)
     torch.manual_seed(sft.seed)
     print(f"loading {title} ...", flush=True)
     model = models.load_model(
@@ -236,6 +257,17 @@ def _find_checkpoint(output_dir: Path, resume: str) -> Path:
         print(f"resume: skipping {directory}, which was not written to its end")
     print(f"resuming from {checkpoint}")
     return checkpoint
+
+
+def _check_base(checkpoint: Path, prepared: Prepared) -> None:
+    """Refuses to go on over a calibrated base other than that of the checkpoint: the data have changed."""
+    content = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    was, now = content["base_model_name_or_path"], prepared.trainer.model.peft_config["default"]
+    if prepared.arguments.calibrate and Path(was).name != Path(now.base_model_name_or_path).name:
+        raise ConfigError(
+            f"resume: expected the base that {checkpoint} was trained on, {was}, got {now.base_model_name_or_path}: "
+            "calibrated on other data or arguments"
+        )
 
 
 def _check_room(output_dir: Path, config: Config) -> None:
