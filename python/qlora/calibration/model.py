@@ -131,7 +131,7 @@ def _calibrate_layers(
         layer, names, name = layers[index], targets[index], f"{prefix}.{index}"
         arguments = to_float32(inputs.arguments[index], device)
         dense = _dense(layer, device)
-        source = digest(layer.parameters())
+        source = "" if state is None else digest(layer.parameters())
         weights: dict[str, Params4bit] = {}
         found: list[LayerError] = []
         if names and (state is None or not state.has(index)):
@@ -164,11 +164,11 @@ def _harms(
     device: torch.device,
 ) -> list[Harm]:
     """The harm of every target, over the original hidden states."""
-    source = digest(layers.parameters())
-    harms = None if state is None else state.load_harms(source)
-    if harms is not None:
-        return harms
-    harms = []
+    source = "" if state is None else digest(layers.parameters())
+    found = None if state is None else state.load_harms(source)
+    if found is not None:
+        return found
+    harms: list[Harm] = []
     hidden = list(inputs.hidden)
     for index in _progress(len(layers), "measuring"):
         arguments = to_float32(inputs.arguments[index], device)

@@ -31,23 +31,33 @@ class InputMoments:
     drift: Tensor
     lost: Tensor
 
-    def output_error(self, weight: Tensor, stored: Tensor) -> float:
-        """Sum of |W y - Q x|^2 for the original weight W and the stored one Q, float32 [n, k]."""
-        difference = weight - stored
-        return (
-            _trace(difference, self.square, difference)
-            + 2 * _trace(weight, self.drift, difference)
-            + _trace(weight, self.lost, weight)
-        )
 
-    def output_energy(self, weight: Tensor) -> float:
-        """Sum of |W y|^2 for the original weight W, float32 [n, k]."""
-        return _trace(weight, self.square + self.drift + self.drift.T + self.lost, weight)
+class OutputError:
+    """What storing a weight W as Q does to the layer's output, as a share of it: sum |W y - Q x|^2 / sum |W y|^2.
+
+    Attributes:
+        crossed: float32 [n, k], W (sum d x^T).
+    """
+
+    def __init__(self, weight: Tensor, moments: InputMoments) -> None:
+        """`weight` is W, float32 [n, k]."""
+        self.weight = weight
+        self.square = moments.square
+        self.crossed = weight @ moments.drift
+        self.lost = _trace(weight @ moments.lost, weight)  # sum |W d|^2
+        energy = _trace(weight @ moments.square, weight) + 2 * _trace(self.crossed, weight) + self.lost
+        self.energy = energy if energy > 0 else 1.0  # a weight of zeros has no error
+
+    def of(self, stored: Tensor) -> float:
+        """The share for Q, float32 [n, k]."""
+        difference = self.weight - stored
+        error = _trace(difference @ self.square, difference) + 2 * _trace(self.crossed, difference)
+        return (error + self.lost) / self.energy
 
 
-def _trace(a: Tensor, moments: Tensor, b: Tensor) -> float:
-    """tr A M B^T of float32 A, B [n, k]."""
-    return float(((a @ moments) * b).sum(dtype=torch.float64))
+def _trace(a: Tensor, b: Tensor) -> float:
+    """tr A B^T."""
+    return float((a * b).sum(dtype=torch.float64))
 
 
 class _LinearReachedError(Exception):

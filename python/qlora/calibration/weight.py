@@ -13,7 +13,7 @@ from ..nn.quant_state import QuantState, code_tensor
 from ..nn.tensor import check_storage, dequantize_tensor, quantize_tensor
 from .codes import Rounder, pack
 from .feedback import Refinement, damped, inverse_factor, round_with_feedback
-from .moments import InputMoments
+from .moments import InputMoments, OutputError
 from .scales import Scales, free_scales
 
 #: Rounds of refinement. Each takes off less: 5 %, 3 %, then about 1 % of the output error.
@@ -66,16 +66,11 @@ def calibrate_weight(
         got = "NaN or Inf" if not is_finite else "none: the calibration text never reached the layer"
         raise ValueError(f"qlora: {name}: expected finite inputs that are not all 0, got {got}")
     original = weight.float()
+    output_error = OutputError(original, moments)
     regular = damped(moments.square)
     lower = torch.linalg.cholesky(regular.double())
-    target = original + (original @ torch.cholesky_solve(moments.drift.T.double(), lower).T.float())
+    target = original + torch.cholesky_solve(output_error.crossed.T.double(), lower).T.float()
     result, scales = _search(target, regular, config)
-    energy = moments.output_energy(original)
-    energy = energy if energy > 0 else 1.0  # a weight of zeros has no error
-
-    def error(packed: Tensor, state: QuantState) -> float:
-        return moments.output_error(original, dequantize_tensor(packed, state, torch.float32)) / energy
-
     baseline = quantize_tensor(
         weight,
         block_size=config.block_size,
@@ -84,7 +79,9 @@ def calibrate_weight(
         quant_storage=config.torch_quant_storage,
     )
     calibrated = _pack(result, scales, weight, config)
-    before, after = error(*baseline), error(*calibrated)
+    before, after = (
+        output_error.of(dequantize_tensor(*stored, torch.float32)) for stored in (baseline, calibrated)
+    )
     if after < before:
         return CalibratedWeight(*calibrated, before, after, True)
     return CalibratedWeight(*baseline, before, before, False)
