@@ -92,7 +92,7 @@ def test_a_killed_run_does_not_measure_again(tmp_path: Path, monkeypatch: pytest
 
     whole = tiny_models.make_model()
     expected = calibrate_(whole, windows(), budget=8.0, work=tmp_path / "whole")
-    monkeypatch.setattr(calibration, "_calibrate_layers", killed)
+    monkeypatch.setattr(calibration, "record_linears", killed)
     with pytest.raises(KeyboardInterrupt):
         calibrate_(tiny_models.make_model(), windows(), budget=8.0, work=tmp_path / "work")
     monkeypatch.undo()

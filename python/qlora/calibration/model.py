@@ -17,7 +17,7 @@ from ..nn.linear import Linear4bit
 from ..nn.params import Params4bit
 from ..nn.report import KEPT_ATTRIBUTE
 from .budget import Harm, check_budget, choose_kept, measure_harm
-from .layers import LayerInputs, find_decoder_layers, record_inputs, run_layer, to_float32
+from .layers import LayerArguments, LayerInputs, find_decoder_layers, record_inputs, run_layer, to_float32
 from .moments import RecordedInputs, input_moments, record_linears
 from .weight import calibrate_weight
 from .work import LayerError, Work, digest
@@ -93,21 +93,21 @@ def calibrate_(
     if budget is not None:
         check_budget(budget, config, stored_bits)
     plan = _plan(model, windows, config, targets) | {"budget": budget}
-    state = None if work is None else Work(work, plan)
+    done = None if work is None else Work(work, plan)
     result = Calibrated(plan["tokens"], list(windows.shape), budget=budget)
     was_training = model.training
     model.eval()
     try:
         inputs = record_inputs(model, layers, windows)
-        device = torch.device(device)
+        walk = _Walk(layers, prefix, inputs, done, torch.device(device))
         if budget is not None:
-            result.harms = _harms(layers, targets, prefix, inputs, config, state, device)
+            result.harms = walk.measure(targets, config)
             result.kept = choose_kept(result.harms, budget, config, stored_bits)
             config = dataclasses.replace(config, skip_modules=[*(config.skip_modules or []), *result.kept])
             targets = _all_targets(model, layers, prefix, config)
         reasons = convert.keep_reasons(model, config)
         reasons |= dict.fromkeys(result.kept, f"budget of {budget} bits a weight")
-        result.errors = _calibrate_layers(layers, targets, prefix, inputs, config, state, device)
+        result.errors = walk.calibrate(targets, config)
         convert.quantize_(model, config)  # the rest, and the notes that hosts make
         setattr(model, KEPT_ATTRIBUTE, reasons)
     finally:
@@ -115,82 +115,80 @@ def calibrate_(
     return result
 
 
-def _calibrate_layers(
-    layers: nn.ModuleList,
-    targets: list[list[str]],
-    prefix: str,
-    inputs: LayerInputs,
-    config: QuantConfig,
-    state: Work | None,
-    device: torch.device,
-) -> list[LayerError]:
-    """Quantises the linears `targets` of each decoder layer; afterwards the inputs are those of the last one."""
-    original = list(inputs.hidden)
-    errors: list[LayerError] = []
-    for index in _progress(len(layers), "calibrating"):
-        layer, names, name = layers[index], targets[index], f"{prefix}.{index}"
-        arguments = to_float32(inputs.arguments[index], device)
-        dense = _dense(layer, device)
-        source = "" if state is None else digest(layer.parameters())
-        weights: dict[str, Params4bit] = {}
-        found: list[LayerError] = []
-        if names and (state is None or not state.has(index)):
-            recorded = record_linears(dense, names, original, arguments)
-            weights, found = _fit_layer(layer, dense, recorded, name, inputs.hidden, arguments, config)
-            if state is not None:
-                state.save(index, source, weights, found)
-        else:
-            _run(dense, original, arguments)
-        if names and state is not None:
-            # From the file in any case: a run that was resumed computes with the same bytes.
-            weights, found = state.load(index, source, names)
-        errors += found
-        if index + 1 < len(layers):
+@dataclass
+class _Walk:
+    """What the two ways through the decoder layers share.
+
+    Attributes:
+        prefix: dotted name of `layers`.
+        inputs: of the first layer.
+        work: where finished steps are, or None.
+        device: where to compute.
+    """
+
+    layers: nn.ModuleList
+    prefix: str
+    inputs: LayerInputs
+    work: Work | None
+    device: torch.device
+
+    def calibrate(self, targets: list[list[str]], config: QuantConfig) -> list[LayerError]:
+        """Quantises the linears `targets` of each decoder layer."""
+        original, hidden = list(self.inputs.hidden), list(self.inputs.hidden)
+        errors: list[LayerError] = []
+        for index in self._progress("calibrating"):
+            layer, names, name = self.layers[index], targets[index], f"{self.prefix}.{index}"
+            dense, arguments = self._start(index)
+            source = "" if self.work is None else digest(layer.parameters())
+            weights: dict[str, Params4bit] = {}
+            found: list[LayerError] = []
+            if names and (self.work is None or not self.work.has(index)):
+                recorded = record_linears(dense, names, original, arguments)
+                weights, found = _fit_layer(layer, dense, recorded, name, hidden, arguments, config)
+                if self.work is not None:
+                    self.work.save(index, source, weights, found)
+            else:
+                _run(dense, original, arguments)
+            if names and self.work is not None:
+                # From the file in any case: a run that was resumed computes with the same bytes.
+                weights, found = self.work.load(index, source, names)
+            errors += found
+            if index + 1 < len(self.layers):
+                for linear, weight in weights.items():
+                    _set_values(dense, linear, weight)
+                _run(dense, hidden, arguments)
             for linear, weight in weights.items():
-                _set_values(dense, linear, weight)
-            _run(dense, inputs.hidden, arguments)
-        for linear, weight in weights.items():
-            _put(layer, linear, weight, f"{name}.{linear}", config)
-    return errors
+                _put(layer, linear, weight, f"{name}.{linear}", config)
+        return errors
 
+    def measure(self, targets: list[list[str]], config: QuantConfig) -> list[Harm]:
+        """The harm of every target, over the original hidden states."""
+        source = "" if self.work is None else digest(self.layers.parameters())
+        found = None if self.work is None else self.work.load_harms(source)
+        if found is not None:
+            return found
+        harms: list[Harm] = []
+        hidden = list(self.inputs.hidden)
+        for index in self._progress("measuring"):
+            dense, arguments = self._start(index)
+            after = list(hidden)
+            _run(dense, after, arguments)
+            name = f"{self.prefix}.{index}"
+            harms += measure_harm(dense, targets[index], name, hidden, after, arguments, config)
+            hidden = after
+        if self.work is not None:
+            self.work.save_harms(source, harms)
+        return harms
 
-def _harms(
-    layers: nn.ModuleList,
-    targets: list[list[str]],
-    prefix: str,
-    inputs: LayerInputs,
-    config: QuantConfig,
-    state: Work | None,
-    device: torch.device,
-) -> list[Harm]:
-    """The harm of every target, over the original hidden states."""
-    source = "" if state is None else digest(layers.parameters())
-    found = None if state is None else state.load_harms(source)
-    if found is not None:
-        return found
-    harms: list[Harm] = []
-    hidden = list(inputs.hidden)
-    for index in _progress(len(layers), "measuring"):
-        arguments = to_float32(inputs.arguments[index], device)
-        dense = _dense(layers[index], device)
-        after = list(hidden)
-        _run(dense, after, arguments)
-        harms += measure_harm(dense, targets[index], f"{prefix}.{index}", hidden, after, arguments, config)
-        hidden = after
-    if state is not None:
-        state.save_harms(source, harms)
-    return harms
+    def _progress(self, what: str) -> Any:
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+        return tqdm(range(len(self.layers)), desc=what, unit="layer")
 
-def _progress(count: int, what: str) -> Any:
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    return tqdm(range(count), desc=what, unit="layer")
-
-
-def _dense(layer: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of a decoder layer in float32 on the device."""
-    return copy.deepcopy(layer).float().to(device)
+    def _start(self, index: int) -> tuple[nn.Module, LayerArguments]:
+        """A copy of a decoder layer in float32 on the device, and what it is called with."""
+        dense = copy.deepcopy(self.layers[index]).float().to(self.device)
+        return dense, to_float32(self.inputs.arguments[index], self.device)
 
 
 def _check_windows(model: Any, windows: Tensor) -> None:
@@ -238,7 +236,7 @@ def _plan(model: Any, windows: Tensor, config: QuantConfig, targets: list[list[s
     }
 
 
-def _run(working: nn.Module, hidden: list[Tensor], arguments: Any) -> None:
+def _run(working: nn.Module, hidden: list[Tensor], arguments: LayerArguments) -> None:
     """Replaces the hidden states of each window by what the decoder layer makes of them."""
     device = next(working.parameters()).device
     for window, value in enumerate(hidden):
@@ -251,7 +249,7 @@ def _fit_layer(
     recorded: RecordedInputs,
     prefix: str,
     hidden: list[Tensor],
-    arguments: Any,
+    arguments: LayerArguments,
     config: QuantConfig,
 ) -> tuple[dict[str, Params4bit], list[LayerError]]:
     """Quantises the linears in the order in which they run, so that each is fitted to what those before it give.
