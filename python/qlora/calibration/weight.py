@@ -68,8 +68,7 @@ def calibrate_weight(
     original = weight.float()
     output_error = OutputError(original, moments)
     regular = damped(moments.square)
-    lower = torch.linalg.cholesky(regular.double())
-    target = original + torch.cholesky_solve(output_error.crossed.T.double(), lower).T.float()
+    target = original + _times_inverse(output_error.crossed, regular)
     result, scales = _search(target, regular, config)
     baseline = quantize_tensor(
         weight,
@@ -85,6 +84,12 @@ def calibrate_weight(
     if after < before:
         return CalibratedWeight(*calibrated, before, after, True)
     return CalibratedWeight(*baseline, before, before, False)
+
+
+def _times_inverse(a: Tensor, moments: Tensor) -> Tensor:
+    """A H^-1 of float32 A [n, k] and a damped H [k, k], computed in float64."""
+    lower = torch.linalg.cholesky(moments.double())
+    return torch.cholesky_solve(a.T.double(), lower).T.float()
 
 
 def _search(weight: Tensor, moments: Tensor, config: QuantConfig) -> tuple[Tensor, Scales]:
