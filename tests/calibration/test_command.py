@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,64 @@ def test_bitsandbytes_loads_the_checkpoint(model: Path, text: Path, tmp_path: Pa
     ours = loaded.get_submodule(name.removesuffix(".weight")).dequantize(torch.float32)
     # One fused multiply-add or two roundings in a scale: a unit in its last place.
     assert ((theirs - ours).abs() <= 2.0**-22 * ours.abs().amax()).all()
+
+
+PLAIN = """
+import sys
+from qlora.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+KILLED = """
+import os, signal, sys
+from qlora.calibration.work import Work
+from qlora.cli import main
+save = Work.save
+
+def save_and_die(self, index, *rest):
+    save(self, index, *rest)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Work.save = save_and_die
+sys.exit(main(sys.argv[1:]))
+"""
+FULL_DISK = """
+import resource, sys
+from qlora.calibration.work import Work
+from qlora.cli import main
+save = Work.save
+
+def save_on_a_full_disk(self, index, *rest):
+    if index == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    save(self, index, *rest)
+
+Work.save = save_on_a_full_disk
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("script", "status"), [(KILLED, -signal.SIGKILL), (FULL_DISK, 1)])
+def test_the_same_command_goes_on_after_a_death(
+    model: Path, text: Path, tmp_path: Path, script: str, status: int
+) -> None:
+    pytest.importorskip("matplotlib")
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    options = ("--calibrate", text, "--calibrate-tokens", "256")
+    died = tiny_run.run_script(script, "quantize", model, "--out", out, *options)
+    assert died.returncode == status, died.stderr
+    assert not out.exists()
+    left = sorted(path.name for path in (tmp_path / "out.calibration").iterdir())
+    assert left == ["layer-00000.safetensors", "plan.json"]
+    if status == 1:
+        messages = [line for line in died.stderr.splitlines() if line.startswith("qlora quantize: ")]
+        assert len(messages) == 1 and "Traceback" not in died.stderr
+    # In processes of their own like the first: the bytes are the same with the same number of threads.
+    for directory in (out, whole):
+        done = tiny_run.run_script(PLAIN, "quantize", model, "--out", directory, *options)
+        assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out.calibration").exists()
+    first, second = ((path / "model.safetensors").read_bytes() for path in (out, whole))
+    assert first == second
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,20 @@ def test_the_layers_are_run_as_the_model_runs_them() -> None:
     assert torch.equal(model.model.norm(hidden), wanted[2])
 
 
+def test_what_others_put_around_a_layer_is_there_afterwards() -> None:
+    model = tiny_models.make_model()
+    _, layers = find_decoder_layers(model)
+    plain = layers[0].forward
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs)
+
+    layers[0].forward = hooked
+    record_inputs(model, layers, windows())
+    assert layers[0].forward is hooked
+    assert "forward" not in layers[1].__dict__
+
+
 class Block(torch.nn.Module):
     """A decoder layer of three linears: two over the same input, one over their sum."""
 
