@@ -186,6 +186,16 @@ def test_bad_text_is_one_message_and_status_2(
     assert not out.exists() and not (tmp_path / "out.calibration").exists()
 
 
+def test_a_quantised_model_is_refused(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    four = tmp_path / "four"
+    assert tiny_run.run_in_process("quantize", model, "--out", four) == 0
+    out = tmp_path / "out"
+    assert tiny_run.run_in_process("quantize", four, "--out", out, "--calibrate", text) == 2
+    assert f"expected a model in 16 or 32 bit, got a quantised one: {four}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--calibrate-tokens", "--seed", "--budget"])
 def test_options_without_a_text_are_refused(
     option: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

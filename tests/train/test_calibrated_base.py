@@ -152,7 +152,7 @@ def test_dry_run_does_not_calibrate(inputs: Path, tmp_path: Path, capsys: pytest
         ("--load_in_4bit=false", "calibrate: expected a base in nf4, got load_in_4bit false"),
         (
             "--calibrate_tokens=99999",
-            "calibrate_tokens: qlora: calibration: 76 texts: expected at least 99840",
+            "calibrate: qlora: calibration: 76 texts: expected at least 99840",
         ),
     ],
 )

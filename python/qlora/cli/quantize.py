@@ -8,6 +8,7 @@ finished waits beside DIR, in DIR.calibration, for the same command to go on fro
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -107,18 +108,13 @@ def _write_plain(arguments: argparse.Namespace, config: Any, device: Any, dtype:
 
 
 def _write_calibrated(arguments: argparse.Namespace, config: Any, device: Any, dtype: Any) -> None:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     import qlora
-    from qlora.calibration import mean_ratio, token_windows
-    from qlora.integrations.transformers_calibration import longest_text, write_calibrated
+    from qlora.calibration import mean_ratio
+    from qlora.integrations.transformers_calibration import dense_config, read_windows, write_calibrated
     from qlora.train import data
 
-    model_config = AutoConfig.from_pretrained(arguments.model)
-    if getattr(model_config, "quantization_config", None) is not None:
-        raise UsageError(
-            f"MODEL: expected a model in 16 or 32 bit to calibrate, got a quantised one: {arguments.model}"
-        )
     options = {"num_tokens": arguments.calibrate_tokens, "seed": arguments.seed, "budget": arguments.budget}
     given = {name: value for name, value in options.items() if value is not None}
     try:
@@ -126,23 +122,15 @@ def _write_calibrated(arguments: argparse.Namespace, config: Any, device: Any, d
         if text.suffix.lower() in data.LOADERS:
             text = data.load(arguments.calibrate, config=None, split="train", columns=None)
         calibration = qlora.Calibration(text, **given)
-        config = qlora.QuantConfig(**{**vars(config), "calibration": calibration})
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        windows = token_windows(calibration, tokenizer, longest_text(model_config))
+        config = dataclasses.replace(config, calibration=calibration)
+        calibration.tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        calibration.text = read_windows(calibration, dense_config(arguments.model))
     except (ValueError, TypeError, OSError) as error:
         raise UsageError(str(error)) from error
+    about = {"model": arguments.model, "text": Path(arguments.calibrate).name}
     model, done = write_calibrated(
-        arguments.model,
-        arguments.out,
-        windows,
-        config,
-        budget=calibration.budget,
-        device=device,
-        about={"model": arguments.model, "text": Path(arguments.calibrate).name, "seed": calibration.seed},
-        tokenizer=tokenizer,
-        dtype=dtype,
+        arguments.model, arguments.out, config, device=device, about=about, dtype=dtype
     )
     print(qlora.report(model).summary())
-    print(
-        f"output error of the layers: {mean_ratio(done.errors):.2f} of that with absmax scales (geometric mean)"
-    )
+    ratio = mean_ratio(done.errors)
+    print(f"output error of the layers: {ratio:.2f} of that with absmax scales (geometric mean)")

@@ -33,6 +33,20 @@ def only_device(device_map: Any, default: torch.device | str | int) -> torch.dev
     return torch.empty(0, device=next(iter(found.values()))).device
 
 
+def dense_config(name: str, **options: Any) -> Any:
+    """The configuration of a model that can be calibrated; `options` are those of from_pretrained.
+
+    Raises:
+        ValueError: it is quantised already. OSError: it is not there.
+    """
+    from transformers import AutoConfig
+
+    model_config = AutoConfig.from_pretrained(name, **options)
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise ValueError(f"qlora: calibration: expected a model in 16 or 32 bit, got a quantised one: {name}")
+    return model_config
+
+
 def read_windows(calibration: Calibration, model_config: Any) -> Tensor:
     """The tokens of a calibration, with the tokenizer that the checkpoint brings unless another is given.
 
@@ -47,12 +61,8 @@ def read_windows(calibration: Calibration, model_config: Any) -> Tensor:
 
         revision = getattr(model_config, "_commit_hash", None)
         tokenizer = AutoTokenizer.from_pretrained(model_config._name_or_path, revision=revision or "main")
-    return token_windows(calibration, tokenizer, longest_text(model_config))
-
-
-def longest_text(model_config: Any) -> int | None:
-    """Tokens of the longest text that a model takes, where its configuration says so."""
-    return getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return token_windows(calibration, tokenizer, longest)
 
 
 def calibrate_loaded(model: Any, windows: Tensor, config: QuantConfig, device: torch.device) -> None:
@@ -78,24 +88,13 @@ def work_directory(out: Path) -> Path:
     return out.with_name(f"{out.name}.calibration")
 
 
-def _settings(config: QuantConfig) -> dict[str, Any]:
-    return {
-        "block_size": config.block_size,
-        "double_quant": config.double_quant,
-        "torch": torch.__version__,
-    }
-
-
 def write_calibrated(
     name: str,
     out: Path,
-    windows: Tensor,
     config: QuantConfig,
     *,
-    budget: float | None,
     device: torch.device,
     about: dict[str, Any],
-    tokenizer: Any,
     **options: Any,
 ) -> tuple[Any, Calibrated]:
     """Writes `out`: a calibrated 4-bit checkpoint with its tokenizer, calibration.json and calibration.png.
@@ -104,7 +103,8 @@ def write_calibrated(
 
     Args:
         name: directory or hub name of the 16-bit model.
-        about: what the report says beside the figures.
+        config: its calibration has a tokenizer.
+        about: what the report says beside the figures and the settings.
         options: of from_pretrained.
 
     Returns:
@@ -112,8 +112,7 @@ def write_calibrated(
     """
     from transformers import AutoModelForCausalLM
 
-    work = work_directory(out)
-    calibration = Calibration(windows, budget=budget, work=work)
+    calibration = dataclasses.replace(config.calibration, work=work_directory(out))
     model: Any = AutoModelForCausalLM.from_pretrained(
         name,
         quantization_config=dataclasses.replace(config, calibration=calibration),
@@ -121,9 +120,15 @@ def write_calibrated(
         **options,
     )
     done: Calibrated = getattr(model, CALIBRATED_ATTRIBUTE)
+    settings = {
+        "seed": calibration.seed,
+        "block_size": config.block_size,
+        "double_quant": config.double_quant,
+        "torch": torch.__version__,
+    }
     with whole_directory(out) as staging:
         model.save_pretrained(str(staging))
-        tokenizer.save_pretrained(str(staging))
-        write_report(staging, done, about | _settings(config))
-    shutil.rmtree(work)
+        calibration.tokenizer.save_pretrained(str(staging))
+        write_report(staging, done, about | settings)
+    shutil.rmtree(work_directory(out))
     return model, done

@@ -63,46 +63,42 @@ def calibrated_base(
         got = f"quant_type {arguments.quant_type}" if arguments.load_in_4bit else "load_in_4bit false"
         raise ConfigError(f"calibrate: expected a base in nf4, got {got}")
     from accelerate import PartialState
-    from transformers import AutoConfig
 
     import qlora
-    from qlora.calibration import token_windows
     from qlora.calibration.work import digest
-    from qlora.integrations.transformers_calibration import longest_text, write_calibrated
+    from qlora.integrations.transformers_calibration import dense_config, read_windows, write_calibrated
 
     options: dict[str, Any] = {
         "revision": arguments.model_revision or "main",
         "trust_remote_code": trust_remote_code,
     }
-    model_config = AutoConfig.from_pretrained(name, **options)
-    if getattr(model_config, "quantization_config", None) is not None:
-        raise ConfigError(f"calibrate: expected a base in 16 or 32 bit, got a quantised one: {name}")
     config = qlora.QuantConfig(
         block_size=arguments.block_size, double_quant=arguments.double_quant, compute_dtype=dtype
     )
     try:
-        calibration = qlora.Calibration(texts, num_tokens=arguments.calibrate_tokens, seed=seed)
-        windows = token_windows(calibration, texts.tokenizer, longest_text(model_config))
+        calibration = qlora.Calibration(
+            texts, num_tokens=arguments.calibrate_tokens, seed=seed, tokenizer=texts.tokenizer
+        )
+        calibration.text = read_windows(calibration, dense_config(name, **options))
     except ValueError as error:
-        raise ConfigError(f"calibrate_tokens: {error}") from error
-    made_of = [name, options["revision"], dtype, config.block_size, config.double_quant, digest([windows])]
+        raise ConfigError(f"calibrate: {error}") from error
+    config.calibration = calibration
+    made_of = [
+        name,
+        options["revision"],
+        dtype,
+        config.block_size,
+        config.double_quant,
+        digest([calibration.text]),
+    ]
     out = output_dir / (PREFIX + hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8])
     with PartialState().main_process_first():
         if out.is_dir():
             print(f"calibrated base: {out} is there")
             return out
-        print(f"calibrating on {windows.numel():,} tokens of the training data ...", flush=True)
-        about = {"model": name, "text": arguments.dataset_name or "the built-in task", "seed": seed}
+        print(f"calibrating on {calibration.text.numel():,} tokens of the training data ...", flush=True)
+        about = {"model": name, "text": arguments.dataset_name or "the built-in task"}
         write_calibrated(
-            name,
-            out,
-            windows,
-            config,
-            budget=None,
-            device=device,
-            about=about,
-            tokenizer=texts.tokenizer,
-            dtype=getattr(torch, dtype),
-            **options,
+            name, out, config, device=device, about=about, dtype=getattr(torch, dtype), **options
         )
     return out
