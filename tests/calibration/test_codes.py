@@ -28,5 +28,17 @@ def test_values_on_a_threshold_take_the_lower_code() -> None:
     assert Rounder("cpu").codes(thresholds, torch.ones(())).tolist() == list(range(15))
 
 
+def test_codes_are_those_of_a_search_over_the_thresholds() -> None:
+    """Also right beside every threshold and every border of the table, and where nothing sensible can be said."""
+    inf = float("inf")
+    near = torch.cat([torch.tensor(NF4_THRESHOLDS), torch.linspace(-1, 1, 65)])
+    up, down = torch.nextafter(near, torch.tensor(inf)), torch.nextafter(near, torch.tensor(-inf))
+    random = 3 * torch.rand(100_000, generator=torch.Generator().manual_seed(0)) - 1.5
+    values = torch.cat([near, up, down, random, torch.tensor([inf, -inf, 1e30, -1e30])])
+    expected = torch.bucketize(values, torch.tensor(NF4_THRESHOLDS))
+    assert torch.equal(Rounder("cpu").codes(values, torch.ones(())).long(), expected)
+    assert Rounder("cpu").codes(torch.zeros(1), torch.tensor([inf])).tolist() == [7]
+
+
 def test_an_odd_count_ends_in_the_code_of_zero() -> None:
     assert pack(torch.tensor([[15, 0, 3]])).tolist() == [[0xF0], [0x37]]

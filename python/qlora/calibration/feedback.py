@@ -56,7 +56,7 @@ def round_with_feedback(rounder: Rounder, weight: Tensor, factor: Tensor, scales
         errors = torch.empty_like(weight[start:end])
         for column in range(start, end):
             value = open_weight[column]
-            result[column] = rounder.book[rounder.codes(value, inverse[column])] * scales[column]
+            result[column] = rounder.rounded(value, inverse[column]) * scales[column]
             error = (value - result[column]) / factor[column, column]
             errors[column - start] = error
             open_weight[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
@@ -91,7 +91,7 @@ class Refinement:
                 row = column - start
                 old = self.result[column]
                 target = old + slope[row] / diagonal[column]
-                new = self.rounder.book[self.rounder.codes(target, inverse[row])] * self.scales[column]
+                new = self.rounder.rounded(target, inverse[row]) * self.scales[column]
                 change[row] = old - new
                 self.result[column] = new
                 slope[row + 1 :].addr_(self.moments[column + 1 : end, column], change[row])
@@ -106,7 +106,7 @@ class Refinement:
             index = rows * per_row + group
             old = scales.values(scales.codes[index], index)
             units = self.result[start:end] / old
-            units = self.rounder.book[self.rounder.codes(units, torch.ones_like(old))]
+            units = self.rounder.rounded(units, torch.ones_like(old))
             slope = (self.slope[start:end] * units).sum(dim=0)
             curvature = ((self.moments[start:end, start:end] @ units) * units).sum(dim=0)
             codes = scales.nearest(old + slope / curvature, index)
