@@ -16,7 +16,7 @@ from typing import Any
 from .integrations import register_hooks
 
 # Attribute -> module that holds it; a submodule stands for itself.
-_SUBMODULES = ("nn", "ops", "reference", "format", "config", "integrations")
+_SUBMODULES = ("nn", "ops", "reference", "format", "config", "calibration", "integrations")
 _ATTRIBUTES = {
     "QuantConfig": "qlora.config",
     "Calibration": "qlora.config",
