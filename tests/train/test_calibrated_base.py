@@ -36,7 +36,6 @@ def keys(inputs: Path, output: Path) -> list[str]:
         "model_name_or_path": inputs / "model",
         "dataset_name": inputs / "rows.jsonl",
         "output_dir": output,
-        "calibrate": "true",
         "calibrate_tokens": 600,
         "max_steps": 4,
         "save_steps": 2,
@@ -47,7 +46,7 @@ def keys(inputs: Path, output: Path) -> list[str]:
         "num_samples": 1,
         "sample_tokens": 4,
     }
-    return [f"--{key}={value}" for key, value in values.items()]
+    return [*(f"--{key}={value}" for key, value in values.items()), "--calibrate"]
 
 
 def base(output: Path) -> Path:
