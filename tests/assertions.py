@@ -55,6 +55,21 @@ def assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor | float) -
         )
 
 
+def assert_close_by_depth(
+    actual: Tensor,
+    expected: Tensor,
+    dtype: torch.dtype = torch.float32,
+    factor: float = 1.0,
+    scale: float | None = None,
+) -> None:
+    """For results of two small models that round in `dtype` at every operation, each in another order.
+
+    16 rounded products deep, on values of the size `scale`: the largest expected one if None.
+    """
+    largest = expected.abs().max().item() if scale is None else scale
+    assert_within(actual, expected, factor * 16 * torch.finfo(dtype).eps / 2 * largest)
+
+
 def assert_codes_agree(
     actual: Tensor,
     expected: Tensor,

@@ -22,6 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402
 
 import qlora  # noqa: E402
+from assertions import assert_close_by_depth  # noqa: E402
 from qlora.integrations.peft import LoraEmbedding4bit, LoraLinear4bit  # noqa: E402
 
 NUM_LINEARS = 2 * 7
@@ -30,10 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*`lora_bias=True` was passed but the targeted layer.*has no bias"),
 ]
-
-
-def roundoff(dtype):
-    return torch.finfo(dtype).eps / 2
 
 
 def config(**kwargs):
@@ -49,14 +46,6 @@ def with_adapters(kind="llama", dtype=torch.float32, quant=None, **kwargs):
     for model in models:
         fill_adapters(model)
     return models
-
-
-def assert_close_by_depth(got, expected, dtype, factor=1.0):
-    """Both models round at every operation in another order: 16 rounded products deep, on values of logits' size."""
-    scale = expected.abs().max().item()
-    tolerance = factor * 16 * roundoff(dtype) * scale
-    error = (got.double() - expected.double()).abs().max().item()
-    assert error <= tolerance, f"max error {error:.3g} > {tolerance:.3g} (largest value {scale:.3g})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
