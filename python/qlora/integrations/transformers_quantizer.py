@@ -283,7 +283,16 @@ class QloraHfQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # save_pretrained leaves a name in config.dtype.
         named = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        hooks = {
+            name: module._hf_hook
+            for name, module in model.named_modules()
+            if isinstance(module, Module4bit) and hasattr(module, "_hf_hook")
+        }
         convert.dequantize_(model, named)
+        for name, hook in hooks.items():  # accelerate's, which moves the input to the layer's device
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(model.get_submodule(name), hook)
         return model
 
 
