@@ -37,6 +37,31 @@ def install(lora_model: ModuleType) -> None:
     owner._create_new_module = staticmethod(create_new_module)
 
 
+def install_loftq(loftq_utils: ModuleType) -> None:
+    """Makes `peft.replace_lora_weights_loftq`, which knows bitsandbytes' layers only, serve ours."""
+    original = loftq_utils.replace_lora_weights_loftq
+    if hasattr(original, "__qlora__"):
+        return
+
+    @functools.wraps(original)
+    def replace_lora_weights_loftq(
+        peft_model: Any, model_path: str | None = None, adapter_name: str = "default", callback: Any = None
+    ) -> None:
+        from .peft import LoraLinear4bit
+
+        if not any(isinstance(module, LoraLinear4bit) for module in peft_model.modules()):
+            original(peft_model, model_path, adapter_name, callback)
+            return
+        from ..loftq import PREFIX, loftq_init
+
+        path = peft_model.base_model.config._name_or_path if model_path is None else str(model_path)
+        keep = callback and (lambda model, name: callback(model, name.removeprefix(PREFIX)))
+        loftq_init(peft_model, path.removesuffix("model.safetensors"), adapter_name, keep=keep)
+
+    replace_lora_weights_loftq.__qlora__ = True  # type: ignore[attr-defined]
+    setattr(loftq_utils, original.__name__, replace_lora_weights_loftq)
+
+
 def _our_layer(lora_config: Any, target: Any) -> type | None:
     """The LoRA class for the target, or None where PEFT's own dispatch decides."""
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target

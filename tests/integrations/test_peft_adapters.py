@@ -1,0 +1,254 @@
+"""Several adapters over one 4-bit model: mixed in a batch, swapped under torch.compile, mixed by X-LoRA; other tuners."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from lora_models import (  # noqa: E402
+    VOCABULARY,
+    assert_same_tensors,
+    fill_adapters,
+    lora_layers,
+    packed_weights,
+    pair,
+    tiny_model,
+    tokens,
+)
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+
+import qlora  # noqa: E402
+from assertions import assert_close_by_depth  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage=False"),
+]
+
+
+def config(**kwargs: Any) -> LoraConfig:
+    return LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **kwargs}
+    )
+
+
+def saved_adapter(directory: Path, seed: int, **kwargs: Any) -> Path:
+    """An adapter, not zero, trained over nothing."""
+    model = get_peft_model(tiny_model(), config(**kwargs))
+    fill_adapters(model, seed)
+    model.save_pretrained(directory)
+    return directory
+
+
+def logits(model: Any, ids: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens() if ids is None else ids, **kwargs).logits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixed batches
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_bias": False, "lora_dropout": 0.1}])
+def test_a_mixed_batch_of_three_adapters_of_different_ranks(options: dict[str, Any]) -> None:
+    model = get_peft_model(pair()[0], config(**options), adapter_name="first")
+    model.add_adapter("second", config(r=2, **options))
+    model.add_adapter("third", config(r=8, lora_alpha=3, target_modules=["q_proj", "up_proj"], **options))
+    fill_adapters(model)
+    model.eval()
+    names = ["second", "first", "__base__", "third", "first"]
+    ids = tokens(batch=len(names))
+    mixed = logits(model, ids, adapter_names=names)
+    for index, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                expected = logits(model, ids[index : index + 1])
+        else:
+            model.set_adapter(name)
+            expected = logits(model, ids[index : index + 1])
+        assert_close_by_depth(mixed[index : index + 1], expected)
+    generated = model.generate(
+        input_ids=ids, adapter_names=names, max_new_tokens=3, min_new_tokens=3, do_sample=False
+    )
+    model.set_adapter("third")
+    alone = model.generate(input_ids=ids[3:4], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert torch.equal(generated[3:4], alone)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hot-swap
+
+
+def test_hotswap_under_compile_compiles_nothing_again(tmp_path: Path) -> None:
+    from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
+    paths = [
+        saved_adapter(tmp_path / str(rank), seed=rank, r=rank, lora_alpha=alpha)
+        for rank, alpha in ((4, 8), (8, 3), (2, 16))
+    ]
+    model = PeftModel.from_pretrained(pair()[0], paths[0]).eval()
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=False)
+    expected = [logits(PeftModel.from_pretrained(pair()[0], path).eval()) for path in paths]
+    assert not torch.allclose(expected[0], expected[1])
+    assert_close_by_depth(logits(compiled), expected[0])
+    try:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for path, wanted in zip([*paths[1:], paths[0]], [*expected[1:], expected[0]], strict=True):
+                hotswap_adapter(model, path, adapter_name="default", torch_device="cpu")
+                assert_close_by_depth(logits(compiled), wanted)
+    finally:
+        torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# X-LoRA
+
+
+def xlora(base: Any, directory: Path) -> Any:
+    adapters = {str(seed): str(directory / f"expert-{seed}") for seed in (0, 1)}  # numbered, as PEFT wants
+    settings = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=64, xlora_depth=2, xlora_size=16, adapters=adapters
+    )
+    base.config.use_cache = False
+    torch.manual_seed(0)
+    return get_peft_model(base, settings)
+
+
+def test_xlora_over_4_bit_layers_mixes_and_trains_as_over_the_dense_ones(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        saved_adapter(tmp_path / f"expert-{seed}", seed, target_modules=["q_proj", "down_proj"])
+    quantized, dense = pair()
+    before = packed_weights(quantized)
+    ours, theirs = (xlora(base, tmp_path).train() for base in (quantized, dense))
+    assert len(lora_layers(ours)) == 4
+    losses = []
+    for model in (ours, theirs):
+        torch.manual_seed(7)  # the classifier drops out
+        result = model(input_ids=tokens(), labels=tokens())
+        result.loss.backward()
+        losses.append(result.loss)
+    assert_close_by_depth(losses[0], losses[1])
+    gradients = [{n: p.grad for n, p in m.named_parameters() if p.requires_grad} for m in (ours, theirs)]
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all("xlora_classifier" in name for name in gradients[0])
+    assert any(gradient.any() for gradient in gradients[1].values())
+    largest = max(gradient.abs().max().item() for gradient in gradients[1].values())
+    for name, gradient in gradients[1].items():
+        assert_close_by_depth(gradients[0][name], gradient, factor=8, scale=largest)
+    base = ours.base_model.lora_model.model
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in base.state_dict().items()}
+    assert_same_tensors({name: after[name] for name in before}, before)
+    ours.eval()
+    generated = ours.generate(input_ids=tokens(), max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert generated.shape == (2, 14) and int(generated.max()) < VOCABULARY
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoftQ and merges of initialised adapters
+
+
+@pytest.mark.parametrize("quant", [{}, {"quant_type": "fp4", "block_size": 128, "double_quant": False}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loftq_in_turns_keeps_block_size_code_scales_and_dtype(
+    quant: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tiny_model(dtype=dtype).save_pretrained(tmp_path)
+    model = get_peft_model(pair(dtype=dtype, **quant)[0], config())
+    before = {name: layer.base_layer.weight for name, layer in lora_layers(model).items()}
+    qlora.loftq_init(model, tmp_path, iterations=3)
+    changed = False
+    for name, layer in lora_layers(model).items():
+        new, old = layer.base_layer.weight, before[name]
+        changed |= not torch.equal(new.data, old.data)
+        for attribute in ("blocksize", "quant_type", "nested", "dtype", "shape"):
+            assert getattr(new.quant_state, attribute) == getattr(old.quant_state, attribute)
+        assert (new.dtype, new.shape) == (old.dtype, old.shape)
+    assert changed
+
+
+def test_pefts_own_function_for_loftq_serves_our_layers(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    exact = logits(tiny_model())
+    model = get_peft_model(pair()[0], config(r=16))
+    other = copy.deepcopy(model)
+    before = (logits(model) - exact).norm()
+    names = []
+    peft.replace_lora_weights_loftq(model, str(tmp_path / "model.safetensors"))
+    assert (logits(model) - exact).norm() < 0.8 * before
+    peft.replace_lora_weights_loftq(other, str(tmp_path), callback=lambda _, name: names.append(name))
+    assert torch.equal(logits(other), logits(get_peft_model(pair()[0], config(r=16))))  # none was kept
+    assert len(names) == 14 and names[0] == "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "eva", "gaussian", "loftq"])
+def test_an_initialised_adapter_merges_to_16_bits_and_unmerges_exactly(init: str, tmp_path: Path) -> None:
+    extra = {"eva_config": peft.EvaConfig()} if init == "eva" else {}
+    model = get_peft_model(pair()[0], config(init_lora_weights=True if init == "loftq" else init, **extra))
+    if init == "loftq":
+        tiny_model().save_pretrained(tmp_path)
+        qlora.loftq_init(model, tmp_path)
+    elif init == "eva":
+        peft.initialize_lora_eva_weights(model, [{"input_ids": tokens()}] * 2, show_progress_bar=False)
+    for layer in lora_layers(model).values():
+        layer.lora_B["default"].weight.data.add_(0.01)
+    before, expected = packed_weights(model), logits(model)
+    model.merge_adapter()
+    assert not torch.equal(logits(model), expected)
+    model.unmerge_adapter()
+    assert_same_tensors(packed_weights(model), before)
+    assert_close_by_depth(logits(qlora.merge_and_unload(model, torch.float32)), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PEFT's other tuners, which take our layer for an nn.Linear
+
+TARGETS = ["q_proj", "down_proj"]
+OTHERS = {
+    "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "adalora": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=TARGETS),
+    "vera": lambda: peft.VeraConfig(r=8, target_modules=["q_proj"]),
+    "oft": lambda: peft.OFTConfig(oft_block_size=8, target_modules=TARGETS, use_cayley_neumann=False),
+}
+
+
+@pytest.mark.parametrize("tuner", OTHERS)
+def test_another_tuner_trains_as_over_the_dense_weights_and_merges_into_those(
+    tuner: str, tmp_path: Path
+) -> None:
+    models = []
+    for base in pair():
+        torch.manual_seed(0)
+        model = get_peft_model(base, OTHERS[tuner]())
+        generator = torch.Generator().manual_seed(1)
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        models.append(model)
+    gradients = []
+    for model in models:
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert_close_by_depth(logits(models[0]), logits(models[1]))
+    assert gradients[0].keys() == gradients[1].keys()
+    largest = max(gradient.abs().max().item() for gradient in gradients[1].values())
+    assert largest > 0
+    for name, gradient in gradients[1].items():
+        assert_close_by_depth(gradients[0][name], gradient, factor=8, scale=largest)
+    ours = models[0]
+    before = packed_weights(ours)
+    with pytest.raises((RuntimeError, ValueError)):
+        ours.merge_adapter()
+    assert_same_tensors(packed_weights(ours), before)
+    # What the docs say to do instead: the adapter over the dequantised model.
+    ours.save_pretrained(tmp_path)
+    dense = PeftModel.from_pretrained(qlora.dequantize_(pair()[0]), tmp_path)
+    assert_close_by_depth(logits(dense.merge_and_unload()), logits(ours), factor=4)
