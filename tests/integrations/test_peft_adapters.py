@@ -96,7 +96,7 @@ def test_hotswap_under_compile_compiles_nothing_again(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(pair()[0], paths[0]).eval()
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=False)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     expected = [logits(PeftModel.from_pretrained(pair()[0], path).eval()) for path in paths]
     assert not torch.allclose(expected[0], expected[1])
     assert_close_by_depth(logits(compiled), expected[0])
