@@ -18,6 +18,7 @@ _hooks_to_register = [
     ("transformers.modeling_utils", "transformers", "patch_models"),
     ("peft.tuners.lora.model", "peft_dispatch", "install"),
     ("peft.utils.loftq_utils", "peft_dispatch", "install_loftq"),
+    ("peft.utils.quantization_utils", "peft_dispatch", "install_backend"),
 ]
 
 

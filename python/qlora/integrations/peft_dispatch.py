@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import warnings
 from types import ModuleType
 from typing import Any
@@ -58,15 +59,44 @@ def install_loftq(loftq_utils: ModuleType) -> None:
         keep = callback and (lambda model, name: callback(model, name.removeprefix(PREFIX)))
         loftq_init(peft_model, path.removesuffix("model.safetensors"), adapter_name, keep=keep)
 
-    replace_lora_weights_loftq.__qlora__ = True  # type: ignore[attr-defined]
-    setattr(loftq_utils, original.__name__, replace_lora_weights_loftq)
+    _replace_in_peft(original, replace_lora_weights_loftq)
+
+
+def install_backend(quantization_utils: ModuleType) -> None:
+    """Gives PEFT's tuners other than LoRA access to the values of our weights."""
+    original = quantization_utils.resolve_quantization_backend
+    if hasattr(original, "__qlora__"):
+        return
+
+    @functools.wraps(original)
+    def resolve_quantization_backend(base_layer: Any, **kwargs: Any) -> Any:
+        if _may_be_ours(base_layer):
+            from .peft_backend import backend_of
+
+            return backend_of(base_layer) or original(base_layer, **kwargs)
+        return original(base_layer, **kwargs)
+
+    _replace_in_peft(original, resolve_quantization_backend)
+
+
+def _replace_in_peft(original: Any, new: Any) -> None:
+    """Puts `new` in the place of a function of peft in every module of it that has imported the function by name."""
+    new.__qlora__ = True
+    function: str = original.__name__
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "peft" and getattr(module, function, None) is original:
+            setattr(module, function, new)
+
+
+def _may_be_ours(base: Any) -> bool:
+    """By name, without an import: PEFT asks about every target, and most models are not ours."""
+    return any(c.__name__ in ("Linear4bit", "Embedding4bit") for c in type(base).__mro__)
 
 
 def _our_layer(lora_config: Any, target: Any) -> type | None:
     """The LoRA class for the target, or None where PEFT's own dispatch decides."""
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-    # By name first: PEFT asks about every target, and most models are not ours.
-    if not any(c.__name__ in ("Linear4bit", "Embedding4bit") for c in type(base).__mro__):
+    if not _may_be_ours(base):
         return None
     if any(isinstance(base, key) for key in lora_config._custom_modules or ()):
         return None
