@@ -223,6 +223,8 @@ MERGING = {
 NOT_MERGING = {
     "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
     "adalora": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=TARGETS),
+    "randlora": lambda: peft.RandLoraConfig(r=4, target_modules=["q_proj"]),
+    "road": lambda: peft.RoadConfig(group_size=8, target_modules=TARGETS),
 }
 
 
