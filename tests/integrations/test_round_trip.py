@@ -19,6 +19,7 @@ from tiny_models import ARCHITECTURES, logits, model_class, saved  # noqa: E402
 from assertions import assert_bitwise_equal  # noqa: E402
 from qlora import QuantConfig  # noqa: E402
 from qlora.nn import Linear4bit  # noqa: E402
+from qlora.nn.convert import keep_reasons, vision_towers  # noqa: E402
 
 
 def their_config(quant_type: str = "nf4", double_quant: bool = True, **settings: Any) -> Any:
@@ -280,3 +281,29 @@ def test_quantize_vision_quantises_the_vision_tower(tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "ours")
     assert quantization_config(tmp_path / "ours")["llm_int8_skip_modules"] is None
     assert vision_layers(load_ours(tmp_path / "ours", "qwen2_vl")) == {True}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "tower"),
+    [
+        ("Llava", "model.vision_tower"),
+        ("Gemma3", "model.vision_tower"),
+        ("Mllama", "model.vision_model"),
+        ("Blip2", "vision_model"),
+    ],
+)
+def test_a_vision_tower_is_found_by_the_configuration_it_was_made_of(prefix: str, tower: str) -> None:
+    with torch.device("meta"):
+        cls = getattr(transformers, f"{prefix}ForConditionalGeneration")
+        model = cls(getattr(transformers, f"{prefix}Config")())
+    kept = {name for name, reason in keep_reasons(model, QuantConfig()).items() if reason == "vision tower"}
+    expected = {
+        name
+        for name, module in model.get_submodule(tower).named_modules(prefix=tower)
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+    }
+    assert kept == expected
+    assert expected
+    whole = keep_reasons(model, QuantConfig(quantize_vision=True))
+    assert not any(type(model.get_submodule(name)) is torch.nn.Linear for name in kept & whole.keys())
+    assert vision_towers(model.get_submodule(tower)) == []
