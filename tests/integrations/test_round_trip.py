@@ -264,9 +264,10 @@ def test_a_vision_tower_stays_in_16_bits_and_config_json_lists_it(tmp_path: Path
 def test_an_unchanged_bitsandbytes_config_quantises_the_vision_tower_if_a_list_leaves_it_out(
     skip: list[str] | None, in_4_bit: bool, tmp_path: Path
 ) -> None:
-    model = model_class("qwen2_vl").from_pretrained(
-        saved(tmp_path, "qwen2_vl"), quantization_config=their_config(llm_int8_skip_modules=skip)
-    )
+    config = their_config(llm_int8_skip_modules=skip)
+    before = config.to_dict()
+    model = model_class("qwen2_vl").from_pretrained(saved(tmp_path, "qwen2_vl"), quantization_config=config)
+    assert config.to_dict() == before
     assert type(model.hf_quantizer).__name__ == "QloraHfQuantizer"
     assert vision_layers(model) == {in_4_bit}
     model.save_pretrained(tmp_path / "ours")

@@ -7,6 +7,7 @@ directions.
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Iterable
@@ -52,6 +53,7 @@ class QloraHfQuantizer(HfQuantizer):
         else:
             self.config = from_bitsandbytes(quantization_config)
             self.is_native = False
+            quantization_config = copy.copy(quantization_config)  # the user's own may serve other loads
         super().__init__(quantization_config, **kwargs)
         #: Name of a layer -> why it could not be loaded, raised all together once the loading is through.
         self.failures: dict[str, str] = {}
