@@ -1,4 +1,4 @@
-"""Makes PEFT put our LoRA layer over our 4-bit layers, whoever creates the adapter.
+"""Makes PEFT put our LoRA layer over our 4-bit layers, whoever creates the adapter, and lets its other tuners merge.
 
 All of PEFT's ways to an adapter (get_peft_model, PeftModel.from_pretrained, load_adapter, add_adapter, transformers'
 add_adapter, inject_adapter_in_model, X-LoRA) meet in `LoraModel._create_new_module`, which asks one dispatcher after
@@ -77,6 +77,39 @@ def install_backend(quantization_utils: ModuleType) -> None:
         return original(base_layer, **kwargs)
 
     _replace_in_peft(original, resolve_quantization_backend)
+
+
+def install_merge(layers: ModuleType) -> None:
+    """Lets adapters of one of PEFT's tuners merge into our layers; called with the tuner's module `layer`."""
+    for name in ("Linear", "SVDLinear"):
+        cls: Any = getattr(layers, name, None)
+        if cls is not None and cls.__module__ == layers.__name__ and not hasattr(cls, "__qlora__"):
+            _wrap_merge(cls)
+            cls.__qlora__ = True
+
+
+def _wrap_merge(cls: Any) -> None:
+    original_merge, original_unmerge = cls.merge, cls.unmerge
+
+    @functools.wraps(original_merge)
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if not _may_be_ours(self.get_base_layer()):
+            original_merge(self, safe_merge, adapter_names)
+            return
+        from . import peft_merge
+
+        peft_merge.merge(self, original_merge, safe_merge, adapter_names)
+
+    @functools.wraps(original_unmerge)
+    def unmerge(self: Any) -> None:
+        if not _may_be_ours(self.get_base_layer()):
+            original_unmerge(self)
+            return
+        from . import peft_merge
+
+        peft_merge.unmerge(self, original_unmerge)
+
+    cls.merge, cls.unmerge = merge, unmerge
 
 
 def _replace_in_peft(original: Any, new: Any) -> None:
