@@ -311,3 +311,19 @@ def test_what_another_tuner_merges_is_quantised_from_the_exact_merge(tuner: str)
                 assert_close_by_depth(module.bias, merged.bias)
             found += 1
     assert found == (4 if tuner not in ("vera", "randlora") else 2)
+
+
+@pytest.mark.parametrize("tuner", ["ia3", "road"])
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+def test_adapters_of_another_tuner_merged_one_after_the_other_are_quantised_once(tuner: str) -> None:
+    together = tuned(pair("qwen2")[0], TUNERS[tuner](), ("first", "second"))
+    apart = copy.deepcopy(together)
+    before = packed_weights(together)
+    together.merge_adapter(["first", "second"])
+    apart.merge_adapter(["first"])
+    alone = packed_weights(apart)
+    apart.merge_adapter(["second"])
+    assert_same_tensors(packed_weights(apart), packed_weights(together))
+    assert any(not torch.equal(value, alone[name]) for name, value in packed_weights(apart).items())
+    apart.unmerge_adapter()
+    assert_same_tensors(packed_weights(apart), before)
