@@ -65,8 +65,8 @@ class QuantConfig:
         quant_storage: dtype under which the packed bytes are kept. Anything but "uint8" is for hosts that can shard
             only one float dtype (FSDP1); the bytes are the same.
         skip_modules: names of modules that stay as they are, beside the default: the output head, tied weights, the
-            vision tower and what the model wants in float32. A name matches the whole dotted name, its beginning up to a dot, its end
-            from a dot on, or, with *, ? or [] in it, as a shell pattern.
+            vision tower and what the model wants in float32. A name matches the whole dotted name, its beginning up to
+            a dot, its end from a dot on, or, with *, ? or [] in it, as a shell pattern.
         quantize_head: quantise the output head too, where it is not tied.
         quantize_embeddings: quantise the embeddings too, where they are not tied. Other readers of the checkpoint do
             not expect that.

@@ -13,6 +13,7 @@ import functools
 import inspect
 import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -55,9 +56,11 @@ def install_loftq(loftq_utils: ModuleType) -> None:
             return
         from ..loftq import PREFIX, loftq_init
 
-        path = peft_model.base_model.config._name_or_path if model_path is None else str(model_path)
+        path = Path(peft_model.base_model.config._name_or_path if model_path is None else model_path)
+        if path.name == "model.safetensors":  # PEFT takes the file as well as its directory
+            path = path.parent
         keep = callback and (lambda model, name: callback(model, name.removeprefix(PREFIX)))
-        loftq_init(peft_model, path.removesuffix("model.safetensors"), adapter_name, keep=keep)
+        loftq_init(peft_model, path, adapter_name, keep=keep)
 
     _replace_in_peft(original, replace_lora_weights_loftq)
 

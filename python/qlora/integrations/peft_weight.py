@@ -1,4 +1,4 @@
-"""The 4-bit weight under a LoRA layer: as dense values, replaced by others of the same format, kept aside and put back."""
+"""The 4-bit weight under a PEFT layer: as dense values, replaced by others of the same format, kept aside and put back."""
 
 from __future__ import annotations
 
