@@ -39,6 +39,18 @@ def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:
         raise AssertionError(_report(actual, expected, error, is_wrong, "bits differ"))
 
 
+def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names, dtypes, shapes and bytes: packed codes may be stored under a float dtype, where some are NaN."""
+    assert got.keys() == expected.keys()
+    different = []
+    for name, value in expected.items():
+        _same_kind(got[name], value)
+        mine, other = (t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (got[name], value))
+        if not torch.equal(mine, other):
+            different.append(name)
+    assert not different, f"not equal bit for bit: {different[:5]} of {len(different)}"
+
+
 def assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor | float) -> None:
     """|actual - expected| <= tolerance, element by element, in float64; expected may have another float dtype."""
     assert actual.shape == expected.shape, (

@@ -13,13 +13,13 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
 
-from lora_models import assert_same_tensors, fill_adapters, packed_weights  # noqa: E402
+from lora_models import fill_adapters, packed_weights  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tiny_models import ARCHITECTURES, inputs, logits, make_model, model_class, saved, training_inputs  # noqa: E402
 
 import qlora  # noqa: E402
-from assertions import assert_bitwise_equal, assert_close_by_depth  # noqa: E402
+from assertions import assert_bitwise_equal, assert_close_by_depth, assert_same_tensors  # noqa: E402
 from qlora import QuantConfig  # noqa: E402
 from qlora.integrations.peft import LoraLinear4bit  # noqa: E402
 from qlora.nn import Linear4bit  # noqa: E402

@@ -14,7 +14,6 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from lora_models import (  # noqa: E402
     VOCABULARY,
-    assert_same_tensors,
     fill_adapters,
     lora_layers,
     packed_weights,
@@ -25,7 +24,7 @@ from lora_models import (  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 import qlora  # noqa: E402
-from assertions import assert_close_by_depth  # noqa: E402
+from assertions import assert_close_by_depth, assert_same_tensors  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6.*:FutureWarning"),

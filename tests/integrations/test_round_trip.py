@@ -16,7 +16,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not i
 from safetensors.torch import load_file  # noqa: E402
 from tiny_models import ARCHITECTURES, logits, model_class, saved  # noqa: E402
 
-from assertions import assert_bitwise_equal  # noqa: E402
+from assertions import assert_bitwise_equal, assert_same_tensors  # noqa: E402
 from qlora import QuantConfig  # noqa: E402
 from qlora.nn import Linear4bit  # noqa: E402
 from qlora.nn.convert import keep_reasons, vision_towers  # noqa: E402
@@ -49,16 +49,6 @@ def stored(path: Path) -> dict[str, torch.Tensor]:
     return {
         key: tensor for file in sorted(path.glob("*.safetensors")) for key, tensor in load_file(file).items()
     }
-
-
-def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for key, value in expected.items():
-        # As bytes: packed codes may be stored under a float dtype, where some are NaN.
-        assert got[key].dtype == value.dtype and got[key].shape == value.shape, key
-        assert torch.equal(
-            got[key].contiguous().view(-1).view(torch.uint8), value.contiguous().view(-1).view(torch.uint8)
-        ), key
 
 
 def quantization_config(path: Path) -> dict[str, Any]:
