@@ -39,6 +39,18 @@ def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:
         raise AssertionError(_report(actual, expected, error, is_wrong, "bits differ"))
 
 
+def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names, dtypes, shapes and bytes: packed codes may be stored under a float dtype, where some are NaN."""
+    assert got.keys() == expected.keys()
+    different = []
+    for name, value in expected.items():
+        _same_kind(got[name], value)
+        mine, other = (t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (got[name], value))
+        if not torch.equal(mine, other):
+            different.append(name)
+    assert not different, f"not equal bit for bit: {different[:5]} of {len(different)}"
+
+
 def assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor | float) -> None:
     """|actual - expected| <= tolerance, element by element, in float64; expected may have another float dtype."""
     assert actual.shape == expected.shape, (
@@ -53,6 +65,21 @@ def assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor | float) -
         raise AssertionError(
             _report(actual, expected, error, is_wrong, f"beyond the tolerance, by up to {excess:.3g} times")
         )
+
+
+def assert_close_by_depth(
+    actual: Tensor,
+    expected: Tensor,
+    dtype: torch.dtype = torch.float32,
+    factor: float = 1.0,
+    scale: float | None = None,
+) -> None:
+    """For results of two small models that round in `dtype` at every operation, each in another order.
+
+    16 rounded products deep, on values of the size `scale`: the largest expected one if None.
+    """
+    largest = expected.abs().max().item() if scale is None else scale
+    assert_within(actual, expected, factor * 16 * torch.finfo(dtype).eps / 2 * largest)
 
 
 def assert_codes_agree(

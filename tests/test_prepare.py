@@ -14,10 +14,11 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 sys.path.insert(0, str(Path(__file__).parent / "integrations"))
 
-from lora_models import assert_same_tensors, fill_adapters, lora_layers, pair, tiny_model, tokens  # noqa: E402
+from lora_models import fill_adapters, lora_layers, pair, tiny_model, tokens  # noqa: E402
 from torch import nn  # noqa: E402
 
 import qlora  # noqa: E402
+from assertions import assert_same_tensors  # noqa: E402
 from qlora.lazy_logits import LazyHead, LazyLogits  # noqa: E402
 
 pytestmark = [

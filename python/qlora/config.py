@@ -106,12 +106,13 @@ class QuantConfig:
             (float16 on older ones), that of each layer's input on CPU.
         quant_storage: dtype under which the packed bytes are kept. Anything but "uint8" is for hosts that can shard
             only one float dtype (FSDP1); the bytes are the same.
-        skip_modules: names of modules that stay as they are, beside the default: the output head, tied weights and
-            what the model wants in float32. A name matches the whole dotted name, its beginning up to a dot, its end
-            from a dot on, or, with *, ? or [] in it, as a shell pattern.
+        skip_modules: names of modules that stay as they are, beside the default: the output head, tied weights, the
+            vision tower and what the model wants in float32. A name matches the whole dotted name, its beginning up to
+            a dot, its end from a dot on, or, with *, ? or [] in it, as a shell pattern.
         quantize_head: quantise the output head too, where it is not tied.
         quantize_embeddings: quantise the embeddings too, where they are not tied. Other readers of the checkpoint do
             not expect that.
+        quantize_vision: quantise the vision tower of a vision-language model too.
         calibration: a Calibration, or the text for one: the model is quantised so that its layers change least on it.
             Only `from_pretrained` takes it, for a 16-bit checkpoint: the model is read in 16 bits into host memory
             and goes to its device in 4 bits. It is not written to config.json.
@@ -128,6 +129,7 @@ class QuantConfig:
     skip_modules: list[str] | None = None
     quantize_head: bool = False
     quantize_embeddings: bool = False
+    quantize_vision: bool = False
     calibration: Any = None
 
     #: The name under which the quantizer is registered in transformers.
@@ -149,7 +151,7 @@ class QuantConfig:
             raise ValueError(
                 f"qlora.QuantConfig: block_size: expected one of {BLOCK_SIZES}, got {self.block_size!r}"
             )
-        for name in ("double_quant", "quantize_head", "quantize_embeddings"):
+        for name in ("double_quant", "quantize_head", "quantize_embeddings", "quantize_vision"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"qlora.QuantConfig: {name}: expected a bool, got {getattr(self, name)!r}")
         self.compute_dtype = dtype_name(self.compute_dtype)

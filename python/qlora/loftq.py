@@ -20,7 +20,8 @@ from .checkpoint_reader import CheckpointReader
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_PREFIX = "base_model.model."
+#: What a PeftModel puts before the names of its base model.
+PREFIX = "base_model.model."
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def loftq_init(
     known = set(reader.names())
     errors = {}
     for path, layer in layers.items():
-        name = f"{path.removeprefix(_PREFIX)}.weight"
+        name = f"{path.removeprefix(PREFIX)}.weight"
         if name not in known or reader.is_4bit(name):
             raise ValueError(
                 f"qlora.loftq_init: checkpoint: expected the 16-bit weight {name}, got none in {checkpoint}"

@@ -65,9 +65,3 @@ def packed_weights(model) -> dict[str, torch.Tensor]:
         for name, tensor in model.state_dict().items()
         if "lora_" not in name and (".weight" in name or ".bias" in name)
     }
-
-
-def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    different = [name for name in expected if not torch.equal(got[name], expected[name])]
-    assert not different, f"not equal bit for bit: {different[:5]} of {len(different)}"

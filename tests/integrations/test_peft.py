@@ -10,7 +10,6 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from lora_models import (  # noqa: E402
-    assert_same_tensors,
     fill_adapters,
     lora_layers,
     packed_weights,
@@ -20,8 +19,10 @@ from lora_models import (  # noqa: E402
 )
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import qlora  # noqa: E402
+from assertions import assert_close_by_depth, assert_same_tensors  # noqa: E402
 from qlora.integrations.peft import LoraEmbedding4bit, LoraLinear4bit  # noqa: E402
 
 NUM_LINEARS = 2 * 7
@@ -30,10 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*`lora_bias=True` was passed but the targeted layer.*has no bias"),
 ]
-
-
-def roundoff(dtype):
-    return torch.finfo(dtype).eps / 2
 
 
 def config(**kwargs):
@@ -49,14 +46,6 @@ def with_adapters(kind="llama", dtype=torch.float32, quant=None, **kwargs):
     for model in models:
         fill_adapters(model)
     return models
-
-
-def assert_close_by_depth(got, expected, dtype, factor=1.0):
-    """Both models round at every operation in another order: 16 rounded products deep, on values of logits' size."""
-    scale = expected.abs().max().item()
-    tolerance = factor * 16 * roundoff(dtype) * scale
-    error = (got.double() - expected.double()).abs().max().item()
-    assert error <= tolerance, f"max error {error:.3g} > {tolerance:.3g} (largest value {scale:.3g})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,6 +195,23 @@ def test_dora_with_dropout_equals_peft_under_the_same_mask():
         torch.manual_seed(7)
         results.append(layer(x))
     assert_close_by_depth(*results, torch.float32)
+
+
+def test_dora_dequantises_no_weight_after_the_first_pass():
+    model = with_adapters(use_dora=True)[0]
+    passes = []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            passes[-1].add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    for _ in range(2):
+        passes.append(set())
+        with Operators():
+            model(input_ids=tokens()).logits.sum().backward()
+    assert all("qlora::linear_4bit" in names for names in passes)
+    assert ["qlora::dequantize_4bit" in names for names in passes] == [True, False]
 
 
 def test_dora_starts_as_the_base_model():

@@ -10,8 +10,10 @@ import torch
 peft = pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from lora_models import assert_same_tensors, fill_adapters, lora_layers, packed_weights, pair, tokens  # noqa: E402
+from lora_models import fill_adapters, lora_layers, packed_weights, pair, tokens  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+
+from assertions import assert_same_tensors  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6.*:FutureWarning"),

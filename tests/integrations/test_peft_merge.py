@@ -11,10 +11,11 @@ import torch
 peft = pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from lora_models import assert_same_tensors, fill_adapters, lora_layers, packed_weights, pair, tokens  # noqa: E402
+from lora_models import fill_adapters, lora_layers, packed_weights, pair, tokens  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
 import qlora  # noqa: E402
+from assertions import assert_same_tensors  # noqa: E402
 from qlora.integrations.peft import LoraLinear4bit  # noqa: E402
 
 pytestmark = [

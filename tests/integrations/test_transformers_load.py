@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,6 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from qlora.integrations import transformers as integration  # noqa: E402
 
 AutoModel = transformers.AutoModelForCausalLM
-
-
-@pytest.fixture
-def enabled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """qlora.enable() for one test."""
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
-    before = dict(AUTO_QUANTIZER_MAPPING)
-    monkeypatch.setattr(
-        transformers.PreTrainedModel,
-        "from_pretrained",
-        transformers.PreTrainedModel.__dict__["from_pretrained"],
-    )
-    qlora.enable()
-    yield
-    AUTO_QUANTIZER_MAPPING.clear()
-    AUTO_QUANTIZER_MAPPING.update(before)
 
 
 def linear_names(model: torch.nn.Module) -> set[str]:

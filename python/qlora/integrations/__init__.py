@@ -17,6 +17,12 @@ _hooks_to_register = [
     ("transformers.quantizers.auto", "transformers", "register"),
     ("transformers.modeling_utils", "transformers", "patch_models"),
     ("peft.tuners.lora.model", "peft_dispatch", "install"),
+    ("peft.utils.loftq_utils", "peft_dispatch", "install_loftq"),
+    ("peft.utils.quantization_utils", "peft_dispatch", "install_backend"),
+    *(
+        (f"peft.tuners.{tuner}.layer", "peft_dispatch", "install_merge")
+        for tuner in ("ia3", "adalora", "randlora", "road")
+    ),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Makes PEFT put our LoRA layer over our 4-bit layers, whoever creates the adapter.
+"""Makes PEFT put our LoRA layer over our 4-bit layers, whoever creates the adapter, and lets its other tuners merge.
 
 All of PEFT's ways to an adapter (get_peft_model, PeftModel.from_pretrained, load_adapter, add_adapter, transformers'
 add_adapter, inject_adapter_in_model, X-LoRA) meet in `LoraModel._create_new_module`, which asks one dispatcher after
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,11 +39,100 @@ def install(lora_model: ModuleType) -> None:
     owner._create_new_module = staticmethod(create_new_module)
 
 
+def install_loftq(loftq_utils: ModuleType) -> None:
+    """Makes `peft.replace_lora_weights_loftq`, which knows bitsandbytes' layers only, serve ours."""
+    original = loftq_utils.replace_lora_weights_loftq
+    if hasattr(original, "__qlora__"):
+        return
+
+    @functools.wraps(original)
+    def replace_lora_weights_loftq(
+        peft_model: Any, model_path: str | None = None, adapter_name: str = "default", callback: Any = None
+    ) -> None:
+        from .peft import LoraLinear4bit
+
+        if not any(isinstance(module, LoraLinear4bit) for module in peft_model.modules()):
+            original(peft_model, model_path, adapter_name, callback)
+            return
+        from ..loftq import PREFIX, loftq_init
+
+        path = Path(peft_model.base_model.config._name_or_path if model_path is None else model_path)
+        if path.name == "model.safetensors":  # PEFT takes the file as well as its directory
+            path = path.parent
+        keep = callback and (lambda model, name: callback(model, name.removeprefix(PREFIX)))
+        loftq_init(peft_model, path, adapter_name, keep=keep)
+
+    _replace_in_peft(original, replace_lora_weights_loftq)
+
+
+def install_backend(quantization_utils: ModuleType) -> None:
+    """Gives PEFT's tuners other than LoRA access to the values of our weights."""
+    original = quantization_utils.resolve_quantization_backend
+    if hasattr(original, "__qlora__"):
+        return
+
+    @functools.wraps(original)
+    def resolve_quantization_backend(base_layer: Any, **kwargs: Any) -> Any:
+        if _may_be_ours(base_layer):
+            from .peft_backend import backend_of
+
+            return backend_of(base_layer) or original(base_layer, **kwargs)
+        return original(base_layer, **kwargs)
+
+    _replace_in_peft(original, resolve_quantization_backend)
+
+
+def install_merge(layers: ModuleType) -> None:
+    """Lets adapters of one of PEFT's tuners merge into our layers; called with the tuner's module `layer`."""
+    for name in ("Linear", "SVDLinear"):
+        cls: Any = getattr(layers, name, None)
+        if cls is not None and cls.__module__ == layers.__name__ and not hasattr(cls, "__qlora__"):
+            _wrap_merge(cls)
+            cls.__qlora__ = True
+
+
+def _wrap_merge(cls: Any) -> None:
+    original_merge, original_unmerge = cls.merge, cls.unmerge
+
+    @functools.wraps(original_merge)
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if not _may_be_ours(self.get_base_layer()):
+            original_merge(self, safe_merge, adapter_names)
+            return
+        from . import peft_merge
+
+        peft_merge.merge(self, original_merge, safe_merge, adapter_names)
+
+    @functools.wraps(original_unmerge)
+    def unmerge(self: Any) -> None:
+        if not _may_be_ours(self.get_base_layer()):
+            original_unmerge(self)
+            return
+        from . import peft_merge
+
+        peft_merge.unmerge(self, original_unmerge)
+
+    cls.merge, cls.unmerge = merge, unmerge
+
+
+def _replace_in_peft(original: Any, new: Any) -> None:
+    """Puts `new` in the place of a function of peft in every module of it that has imported the function by name."""
+    new.__qlora__ = True
+    function: str = original.__name__
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "peft" and getattr(module, function, None) is original:
+            setattr(module, function, new)
+
+
+def _may_be_ours(base: Any) -> bool:
+    """By name, without an import: PEFT asks about every target, and most models are not ours."""
+    return any(c.__name__ in ("Linear4bit", "Embedding4bit") for c in type(base).__mro__)
+
+
 def _our_layer(lora_config: Any, target: Any) -> type | None:
     """The LoRA class for the target, or None where PEFT's own dispatch decides."""
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-    # By name first: PEFT asks about every target, and most models are not ours.
-    if not any(c.__name__ in ("Linear4bit", "Embedding4bit") for c in type(base).__mro__):
+    if not _may_be_ours(base):
         return None
     if any(isinstance(base, key) for key in lora_config._custom_modules or ()):
         return None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .peft_weight import dense_weight, set_dense_weight
+from .peft_weight import dense_weight, set_dense_weight, standing_in
 
 # What PEFT's preprocessing leaves on a base layer for an initialisation to read and delete.
 _PREPARED = ("eigens", "_peft_loraga_grad")
@@ -56,10 +56,7 @@ class DenseInits:
 
     @contextmanager
     def _dense_base(self, init: str, *, changes_weight: bool, values: bool = True) -> Iterator[None]:
-        owner: Any = self
-        while hasattr(owner.base_layer, "base_layer"):
-            owner = owner.base_layer
-        base = owner.base_layer
+        base: Any = self.get_base_layer()  # type: ignore[attr-defined]
         if changes_weight and self.merged:  # type: ignore[attr-defined]
             raise ValueError(
                 f"qlora: init_lora_weights: {init} changes the weight: expected no merged adapter; unmerge"
@@ -72,11 +69,8 @@ class DenseInits:
         for name in _PREPARED:
             if hasattr(base, name):
                 setattr(stand_in, name, getattr(base, name))
-        owner.base_layer = stand_in
-        try:
+        with standing_in(self, stand_in):
             yield
-        finally:
-            owner.base_layer = base
         for name in _PREPARED:
             if hasattr(base, name) and not hasattr(stand_in, name):
                 delattr(base, name)

@@ -1,7 +1,9 @@
-"""The 4-bit weight under a LoRA layer: as dense values, replaced by others of the same format, kept aside and put back."""
+"""The 4-bit weight under a PEFT layer: as dense values, replaced by others of the same format, kept aside and put back."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +45,20 @@ def base_product(base: Module4bit, x: Tensor) -> Tensor:
         nested_quant_map=None if nested is None else nested.code,
         nested_offset=state.offset,
     )
+
+
+@contextmanager
+def standing_in(layer: Any, stand_in: nn.Module) -> Iterator[None]:
+    """While active, `stand_in` is the innermost base layer of a PEFT layer."""
+    owner = layer
+    while hasattr(owner.base_layer, "base_layer"):
+        owner = owner.base_layer
+    base = owner.base_layer
+    owner.base_layer = stand_in
+    try:
+        yield
+    finally:
+        owner.base_layer = base
 
 
 def _place(base: Module4bit, weight: Params4bit, module: nn.Module | None) -> None:

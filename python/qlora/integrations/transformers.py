@@ -15,7 +15,7 @@ from ..nn import convert
 from ..nn.module import Module4bit
 from ..nn.report import KEPT_ATTRIBUTE
 from . import is_installed, run_postponed
-from .transformers_quantizer import QloraHfQuantizer, from_bitsandbytes, linear_names
+from .transformers_quantizer import QloraHfQuantizer, from_bitsandbytes
 from .transformers_save import save_model
 
 __all__ = ["QloraHfQuantizer", "enable", "patch_models", "register", "save_model"]
@@ -146,8 +146,7 @@ def _note_on_model(model: Any, config: QuantConfig) -> None:
         }
         quantizer.quantization_config.bnb_4bit_compute_dtype = next(iter(dtypes), None) or host.dtype
     reasons = getattr(host, KEPT_ATTRIBUTE)
-    if config.skip_modules is not None or config.quantize_head:
-        quantizer.quantization_config.llm_int8_skip_modules = linear_names(host, reasons)
+    quantizer.quantization_config.llm_int8_skip_modules = quantizer.skip_list(host, reasons)
     host.hf_quantizer = quantizer
     host.is_quantized = True
     host.quantization_method = quantizer.quantization_config.quant_method

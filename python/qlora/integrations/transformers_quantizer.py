@@ -7,6 +7,7 @@ directions.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import sys
@@ -14,13 +15,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import is_bitsandbytes_available  # type: ignore[attr-defined]
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from ..config import QuantConfig
 from ..nn import convert
+from ..nn.linear import Linear4bit
 from ..nn.module import Module4bit
 from ..nn.params import Params4bit, plain_tensor
 from ..nn.report import KEPT_ATTRIBUTE, report
@@ -50,6 +55,7 @@ class QloraHfQuantizer(HfQuantizer):
         else:
             self.config = from_bitsandbytes(quantization_config)
             self.is_native = False
+            quantization_config = copy.copy(quantization_config)  # the user's own may serve other loads
         super().__init__(quantization_config, **kwargs)
         #: Name of a layer -> why it could not be loaded, raised all together once the loading is through.
         self.failures: dict[str, str] = {}
@@ -116,8 +122,6 @@ class QloraHfQuantizer(HfQuantizer):
         return Quantize(self)
 
     def get_weight_conversions(self) -> list[Any]:
-        from transformers.core_model_loading import WeightConverter
-
         if self.config.calibration is not None:
             return []
         if self.pre_quantized:
@@ -137,7 +141,7 @@ class QloraHfQuantizer(HfQuantizer):
             return model
         config = self._resolve(model, device_map)
         reasons = self._keep_reasons(model, device_map)
-        stored = _quantized_names(checkpoint_files) if self.pre_quantized else None
+        stored = _quantized_names(model, checkpoint_files) if self.pre_quantized else None
         for name, module in list(model.named_modules()):
             if stored is not None and name in stored:
                 wanted = stored[name] and (
@@ -164,12 +168,26 @@ class QloraHfQuantizer(HfQuantizer):
                 reasons.setdefault(name, "stored unquantised" if self.pre_quantized else "not convertible")
         setattr(model, KEPT_ATTRIBUTE, reasons)
         self.modules_to_not_convert = sorted(reasons)
-        if self.is_native and self.config.skip_modules is not None and not self.pre_quantized:
-            # What readers of the checkpoint need in full: a list of theirs replaces the default.
-            self.quantization_config.llm_int8_skip_modules = linear_names(model, reasons)
-        elif self.is_native and self.config.quantize_head and not self.pre_quantized:
-            self.quantization_config.llm_int8_skip_modules = linear_names(model, reasons)
+        if not self.pre_quantized and (
+            self.is_native or self.quantization_config.llm_int8_skip_modules is None
+        ):
+            self.quantization_config.llm_int8_skip_modules = self.skip_list(model, reasons)
         return model
+
+    def skip_list(self, model: Any, reasons: dict[str, str]) -> list[str] | None:
+        """`llm_int8_skip_modules` for the checkpoint: the linear layers among `reasons`, by their whole names.
+
+        None where they are those that every reader keeps when there is no list; a list replaces that default.
+        """
+        kept = [name for name in reasons if _is_convertible(model.get_submodule(name))]
+        default = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+        kept_by_default = [
+            name
+            for name, module in model.named_modules()
+            if (_is_convertible(module) or isinstance(module, Linear4bit))
+            and not should_convert_module(name, default)
+        ]
+        return None if set(kept) == set(kept_by_default) else kept
 
     def _resolve(self, model: Any, device_map: Any) -> QuantConfig:
         """Settles compute_dtype for the devices that the model goes to."""
@@ -196,15 +214,13 @@ class QloraHfQuantizer(HfQuantizer):
         skip = self.quantization_config.llm_int8_skip_modules
         if not self.is_native:
             # The rule that writers and readers of such checkpoints share: a list of the user's replaces the default.
-            from transformers.quantizers.quantizers_utils import should_convert_module
-
             keys = self.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
             for name, module in model.named_modules():
-                if not (type(module) is torch.nn.Linear or convert.is_conv1d(module)):
+                if not _is_convertible(module):
                     continue
                 if not should_convert_module(name, keys):
                     reasons.setdefault(name, "skip_modules")
-                elif not reasons.get(name, "tied").startswith("tied"):
+                elif not reasons.get(name, "tied").startswith(("tied", "vision tower")):
                     reasons.pop(name)
         if self.quantization_config.llm_int8_enable_fp32_cpu_offload and isinstance(device_map, dict):
             on_cpu = [name for name, device in device_map.items() if str(device) in ("cpu", "disk")]
@@ -288,7 +304,16 @@ class QloraHfQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # save_pretrained leaves a name in config.dtype.
         named = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        hooks = {
+            name: module._hf_hook
+            for name, module in model.named_modules()
+            if isinstance(module, Module4bit) and hasattr(module, "_hf_hook")
+        }
         convert.dequantize_(model, named)
+        for name, hook in hooks.items():  # accelerate's, which moves the input to the layer's device
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(model.get_submodule(name), hook)
         return model
 
 
@@ -296,17 +321,12 @@ def _default_device() -> Any:
     return torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
 
 
-def linear_names(model: Any, reasons: dict[str, str]) -> list[str]:
-    """The names among `reasons` that stand for linear layers, which is what other readers look for."""
-    names = []
-    for name in reasons:
-        module = model.get_submodule(name)
-        if isinstance(module, torch.nn.Linear) or convert.is_conv1d(module):
-            names.append(name)
-    return names
+def _is_convertible(module: torch.nn.Module) -> bool:
+    """Whether every reader and writer of this layout takes the module for a layer to quantise."""
+    return type(module) is torch.nn.Linear or convert.is_conv1d(module)
 
 
-def _quantized_names(checkpoint_files: Iterable[str] | None) -> dict[str, bool] | None:
+def _quantized_names(model: Any, checkpoint_files: Iterable[str] | None) -> dict[str, bool] | None:
     """Module name -> whether its weight is stored in 4 bits, from the headers of safetensors files."""
     from safetensors import SafetensorError, safe_open
 
@@ -325,7 +345,15 @@ def _quantized_names(checkpoint_files: Iterable[str] | None) -> dict[str, bool] 
     packed = {name.partition(marker)[0] for name in names if marker in name}
     packed |= {name.removesuffix(".weight.absmax") for name in names if name.endswith(".weight.absmax")}
     stored = {name.removesuffix(".weight"): False for name in names if name.endswith(".weight")}
-    return {**stored, **dict.fromkeys(packed, True)}
+    stored.update(dict.fromkeys(packed, True))
+    # Vision-language models among others are stored under other names than their modules have.
+    renamings = [item for item in get_model_conversion_mapping(model) if isinstance(item, WeightRenaming)]
+    expected = model.state_dict()
+    result = {}
+    for name in sorted(stored):
+        key, _ = rename_source_key(f"{name}.weight", renamings, [], model.base_model_prefix, expected)
+        result[key.removesuffix(".weight")] = stored[name]
+    return result
 
 
 def to_bitsandbytes(config: QuantConfig) -> BitsAndBytesConfig:
@@ -352,6 +380,7 @@ def from_bitsandbytes(config: BitsAndBytesConfig) -> QuantConfig:
         compute_dtype=config.bnb_4bit_compute_dtype,
         quant_storage=config.bnb_4bit_quant_storage,
         quantize_head=config.llm_int8_skip_modules is not None,
+        quantize_vision=config.llm_int8_skip_modules is not None,
     )
 
 

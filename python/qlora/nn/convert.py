@@ -96,10 +96,23 @@ def head_modules(model: torch.nn.Module) -> set[str]:
     }
 
 
+def vision_towers(model: torch.nn.Module) -> list[str]:
+    """Names of the modules of a transformers model that its `config.vision_config` describes; not of the model itself."""
+    config: Any = getattr(getattr(model, "config", None), "vision_config", None)
+    if config is None:
+        return []
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and type(getattr(module, "config", None)) is type(config)
+    ]
+
+
 def keep_reasons(model: torch.nn.Module, config: QuantConfig) -> dict[str, str]:
     """Name -> reason of each linear layer or embedding that stays as it is under `config`."""
     tied = tied_modules(model)
     heads = head_modules(model)
+    vision = () if config.quantize_vision else tuple(f"{name}." for name in vision_towers(model))
     in_float32 = list(getattr(model, "_keep_in_fp32_modules", None) or [])
     in_float32 += list(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
     reasons = {}
@@ -114,6 +127,8 @@ def keep_reasons(model: torch.nn.Module, config: QuantConfig) -> dict[str, str]:
             reasons[name] = f"tied to {tied[name]}"
         elif name in heads and not config.quantize_head:
             reasons[name] = "output head"
+        elif name.startswith(vision):
+            reasons[name] = "vision tower"
         elif matches(name, in_float32) is not None:
             reasons[name] = "kept in float32 by the model"
         elif not is_convertible(module, config):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..format import DEFAULT_BLOCK_SIZE, num_packed_bytes
+from . import function
 from .quant_state import QuantState
 from .tensor import NonFiniteWeightError, dequantize_tensor, is_finite, quantize_tensor
 
@@ -262,6 +263,10 @@ class Params4bit(torch.nn.Parameter):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is torch.nn.functional.linear:
+            product = _linear(*args, **(kwargs or {}))
+            if product is not None:
+                return product
         result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if func in _CHUNKING and isinstance(args[0], Params4bit):
             source = args[0]
@@ -325,6 +330,16 @@ class Params4bit(torch.nn.Parameter):
     @property
     def nested_offset(self) -> Tensor | None:
         return self._of_state("nested_offset").offset
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """F.linear in models that multiply by a layer's `weight` themselves; None where that is not in 4 bits."""
+    state = weight.quant_state if isinstance(weight, Params4bit) else None
+    if state is None:
+        return None
+    kind = input.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+    return function.linear(input.to(dtype), weight, state, None if bias is None else bias.to(dtype))
 
 
 def plain_tensor(param: Tensor) -> Tensor:
