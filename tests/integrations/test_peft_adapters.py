@@ -326,3 +326,27 @@ def test_adapters_of_another_tuner_merged_one_after_the_other_are_quantised_once
     assert any(not torch.equal(value, alone[name]) for name, value in packed_weights(apart).items())
     apart.unmerge_adapter()
     assert_same_tensors(packed_weights(apart), before)
+
+
+@pytest.mark.parametrize("tuner", ["vera", "miss", "shira", "ia3", "adalora", "randlora", "road"])
+@pytest.mark.filterwarnings("ignore:.*CUDA", "ignore:Already following adapters were merged")
+def test_a_merge_of_another_tuner_that_is_not_finite_changes_nothing(tuner: str) -> None:
+    needs_backends(tuner)
+    model = tuned(pair("qwen2")[0], TUNERS[tuner]())
+    layer = next(module for module in model.modules() if hasattr(module, "merged_adapters"))
+    trained = {n: p.detach().clone() for n, p in layer.named_parameters() if p.requires_grad}
+    before, expected = packed_weights(layer), logits(model)
+    for name in trained:
+        layer.get_parameter(name).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        layer.merge()
+    assert not layer.merged
+    assert_same_tensors(packed_weights(layer), before)
+    for name, value in trained.items():
+        layer.get_parameter(name).data.copy_(value)
+    layer.merge()
+    assert layer.merged
+    assert any(not torch.equal(value, before[name]) for name, value in packed_weights(layer).items())
+    layer.unmerge()
+    assert_same_tensors(packed_weights(layer), before)
+    assert torch.equal(logits(model), expected)
