@@ -42,11 +42,6 @@ __device__ __forceinline__ void arrive_expecting(Barrier& barrier, int bytes) {
                : "memory");
 }
 
-// An arrival, counted in init_barrier, that happens when all earlier asynchronous copies of this thread have arrived.
-__device__ __forceinline__ void arrive_after_copies(Barrier& barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
-}
-
 // Returns when the phase of this parity has completed.
 __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
   asm volatile(

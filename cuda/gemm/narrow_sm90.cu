@@ -6,19 +6,15 @@
 //   slots    a ring in shared memory; a slot has a step's packed bytes, scales and columns of x
 //   copies   by warpgroup 0: warps 0 and 1 decode scales, warp 2 copies x, a lane of warp 3 the packed bytes
 //   decode   see WeightOperand; unscaled: the products of a block of 64 columns are summed from zero and then scaled,
-//   in
-//            fp32
+//            in fp32
 //   work     two pairs of warpgroups, 64 rows of W each; the pairs take turns at the steps
-//   sums     of the pairs in shared memory; of the parts, where tiles are fewer than multiprocessors, by
-//            add_products
+//   sums     of the pairs in shared memory; of the parts, where tiles are fewer than multiprocessors, by add_products
 //
 // Rounding: see PairTable; fp32 sums; y.
-#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/device/barrier.cuh"
-#include "cuda/device/copy_async.cuh"
-#include "cuda/device/numeric.cuh"
 #include "cuda/device/pair_table.cuh"
 #include "cuda/device/shared.cuh"
 #include "cuda/device/tensor_copy.cuh"

@@ -4,8 +4,7 @@
 //   transpose  ldmatrix deals the packed bytes such that a lane holds bytes 2g and 2g + 1 of rows 2i and 2i + 1 of W
 //              (g = lane / 4, i = lane % 4): columns 4g..4g+3 of dx for two neighbouring values of n
 //   decode     the two values of a byte in fp32, each scaled with its row's scale and rounded with its neighbour in n;
-//   the
-//              sum runs over n, so no scale can wait until after it
+//              the sum runs over n, so no scale can wait until after it
 //   work       a warpgroup multiplies all 128 columns, two operands of 64, by the tokens; warpgroups take turns at
 //              blocks of 64 values of n and add up in shared memory at the end; with 256 tokens they have 128 each
 //

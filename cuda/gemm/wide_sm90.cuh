@@ -12,7 +12,6 @@
 //           Kind::add adds up in their order
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
