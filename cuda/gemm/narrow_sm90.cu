@@ -139,17 +139,17 @@ __device__ __forceinline__ void copy_scales(const Arguments& arguments, Slot<kTo
   StepScales<kIsNested> scales;
   cudaGridDependencySynchronize();
   // All that is read first is asked for before any of it is waited for.
-  float4 codes = {};
+  NestedCode nested_code;
   float nested_offset = 0.0f;
   scales.load(arguments, first.first_row, first.step_begin);
   if constexpr (kIsNested) {
-    codes = reinterpret_cast<const float4*>(arguments.scales.nested_code)[threadIdx.x];
+    nested_code.load(arguments.scales.nested_code);
     nested_offset = *arguments.scales.nested_offset;
   }
   synchronize<kScaleThreads + 2 * 32>(kCopyWarps);
   arrive_at<kThreads>(kAllThreads);
   if constexpr (kIsNested) {
-    reinterpret_cast<float4*>(rest.nested_code)[threadIdx.x] = codes;
+    nested_code.store(rest.nested_code);
     synchronize<kScaleThreads>(kAllScaleThreads);
   }
   bool is_loaded = true;

@@ -15,6 +15,24 @@ inline constexpr int kScaleThreads = 64;
 
 #if defined(__CUDA_ARCH__)
 
+// The values of nested_code, by kScaleThreads threads: load asks for them, store waits. A float at a time, since the
+// caller's may lie at any multiple of 4 bytes.
+class NestedCode {
+ public:
+  __device__ __forceinline__ void load(const float* nested_code) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) values_[i] = nested_code[threadIdx.x + i * kScaleThreads];
+  }
+  __device__ __forceinline__ void store(float* shared) const {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) shared[threadIdx.x + i * kScaleThreads] = values_[i];
+  }
+
+ private:
+  static constexpr int kValues = 256 / kScaleThreads;
+  float values_[kValues];
+};
+
 // By kScaleThreads threads: load asks for the 4 scales of each of a thread's rows, store waits for them. Arguments has
 // scales, rows and cols of the weight, scale_factor, and
 //   are_scales_aligned   4 scales of a row: 4 or 16 aligned bytes in one nested block

@@ -178,16 +178,16 @@ __device__ __forceinline__ void copy_scales(const Arguments& arguments, Shared& 
   // All that is read first is asked for before any of it is waited for.
   const Item<Config::kCluster> first(arguments, Cluster(arguments), Cluster::first());
   scales.load(arguments, first.first, first.step_begin);
-  float4 codes = {};
+  NestedCode nested_code;
   float nested_offset = 0.0f;
   if constexpr (kIsNested) {
-    codes = reinterpret_cast<const float4*>(arguments.scales.nested_code)[threadIdx.x];
+    nested_code.load(arguments.scales.nested_code);
     nested_offset = *arguments.scales.nested_offset;
   }
   synchronize<kScaleThreads + 2 * 32>(kCopyWarps);
   arrive_at<kThreads<Config>>(kAllThreads);
   if constexpr (kIsNested) {
-    reinterpret_cast<float4*>(shared.nested_code)[threadIdx.x] = codes;
+    nested_code.store(shared.nested_code);
     synchronize<kScaleThreads>(kAllScaleThreads);
   }
   bool is_loaded = true;

@@ -139,6 +139,10 @@ def test_fused_takes_any_address(fused: str, m: int) -> None:
     assert_bitwise_equal(call(fused, shifted(x), args, form), expected)
     assert_bitwise_equal(call(fused, x, (shifted(packed), absmax, shape), form), expected)
     assert_bitwise_equal(call(fused, x, (packed, shifted(absmax), shape), form), expected)
+    nested = {
+        name: shifted(value) if isinstance(value, torch.Tensor) else value for name, value in form.items()
+    }
+    assert_bitwise_equal(call(fused, x, args, nested), expected)
 
 
 def test_fused_reads_what_the_kernel_before_it_wrote(fused: str) -> None:
