@@ -52,13 +52,13 @@ const Kernel* find_kernel(const Gemm& problem, const Device& device, std::string
   for (const Kernel& kernel : kKernels) {
     std::string reason;
     std::string* const why_not = reasons == nullptr ? nullptr : &reason;
-    bool is_allowed = true;
-    if (forced != nullptr) {
-      is_allowed = std::strcmp(kernel.name, forced) == 0 || refuse(why_not, "QLORA_LINEAR_KERNEL asks for ", forced);
-    } else if (kernel.yields != nullptr && kernel.yields(problem, device)) {
-      is_allowed = refuse(why_not, "another is faster");
+    const bool is_allowed = forced == nullptr || std::strcmp(kernel.name, forced) == 0 ||
+                            refuse(why_not, "QLORA_LINEAR_KERNEL asks for ", forced);
+    if (is_allowed && kernel.supports(problem, device, why_not)) {
+      const bool yields = forced == nullptr && kernel.yields != nullptr && kernel.yields(problem, device);
+      if (!yields) return &kernel;
+      refuse(why_not, "another is faster");
     }
-    if (is_allowed && kernel.supports(problem, device, why_not)) return &kernel;
     if (reasons != nullptr) *reasons += concat("\n", kernel.name, ": ", reason);
   }
   return nullptr;
