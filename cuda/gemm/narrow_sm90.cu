@@ -27,6 +27,7 @@
 #include "cuda/gemm/split.h"
 #include "cuda/gemm/step_scales.cuh"
 #include "cuda/gemm/weight_operand.cuh"
+#include "cuda/gemm/wgmma_kernels.h"
 #include "cuda/launch.h"
 #include "cuda/remember.h"
 #include "cuda/tensor_map.h"
@@ -50,7 +51,6 @@ constexpr int kPrefetchValueBytes = 4;  // of that matrix' description
 constexpr int kFirstSteps = 2;  // whose bytes are asked for at once; more would keep the memory from the first scales
 constexpr int kCopyRegisters = 64;
 constexpr int kRegisters = 104;
-constexpr int kReservedBytes = 1024;  // of shared memory, that CUDA puts before a block's
 
 template <int kTokens>
 constexpr int kSlots = kTokens == 16   ? 5
@@ -457,25 +457,9 @@ int num_parts_of(const Gemm& problem, const Device& device) {
 }  // namespace
 
 bool supports_narrow_sm90(const Gemm& problem, const Device& device, std::string* why_not) {
-  constexpr int64_t kMaxSize = int64_t{1} << 30;
-  const qlora_weight_4bit& weight = problem.weight;
   if (problem.direction != Direction::kForward) return refuse(why_not, "expected the forward product");
-  if (device.major != 9)
-    return refuse(why_not, "expected compute capability 9.0, got ", device.major, ".", device.minor);
-  if (problem.dtype == QLORA_FLOAT32) return refuse(why_not, "expected float16 or bfloat16");
-  if (problem.m < 1 || problem.m > kMaxTokens) return refuse(why_not, "m: expected 1 to ", kMaxTokens);
-  if (weight.block_size < kBlockCols) return refuse(why_not, "block_size: expected at least ", kBlockCols);
-  if (weight.cols < 1 || weight.cols % kBlockCols != 0)
-    return refuse(why_not, "k: expected a multiple of ", kBlockCols);
-  if (weight.rows < 1 || weight.rows > kMaxSize || weight.cols > kMaxSize)
-    return refuse(why_not, "n, k: expected 1 to 2^30");
-  if (device.reserved_shared_bytes != kReservedBytes) {
-    return refuse(why_not, "expected ", kReservedBytes, " reserved bytes of shared memory, got ",
-                  device.reserved_shared_bytes);
-  }
-  if (!is_compiled_for_sm90(device, reinterpret_cast<const void*>(narrow_kernel<__half, 16, true>)))
-    return refuse(why_not, "expected a libqlora built for this GPU's architecture (QLORA_CUDA_ARCHS)");
-  return true;
+  const auto* const any = reinterpret_cast<const void*>(narrow_kernel<__half, 16, true>);
+  return supports_wgmma(problem, device, kMaxTokens, any, why_not);
 }
 
 int64_t narrow_sm90_workspace_size(const Gemm& problem, const Device& device) {

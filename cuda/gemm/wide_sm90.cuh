@@ -26,6 +26,7 @@
 #include "cuda/gemm/product.cuh"
 #include "cuda/gemm/split.h"
 #include "cuda/gemm/step_scales.cuh"
+#include "cuda/gemm/wgmma_kernels.h"
 #include "cuda/launch.h"
 #include "cuda/remember.h"
 #include "cuda/tensor_map.h"
@@ -81,7 +82,6 @@ struct Shared {
   alignas(16) unsigned char staging[kMaxProductWarps][kStoreBytes];
 };
 inline constexpr int kTableAlignment = PairTable<__half>::kBytes;
-inline constexpr int kReservedBytes = 1024;  // that CUDA puts before a block's shared memory
 static_assert(sizeof(Shared) + kReservedBytes <= kTableAlignment);
 static_assert(FloatPairTable::kBytes == kTableAlignment);
 
@@ -444,23 +444,10 @@ int num_parts_of(const Gemm& problem, const Device& device) {
 // As supports_x of gemm.h, but for the direction.
 template <template <typename> typename Kind>
 bool supports(const Gemm& problem, const Device& device, std::string* why_not) {
-  constexpr int64_t kMaxSize = int64_t{1} << 30;
-  const qlora_weight_4bit& weight = problem.weight;
-  if (device.major != 9)
-    return refuse(why_not, "expected compute capability 9.0, got ", device.major, ".", device.minor);
-  if (problem.dtype == QLORA_FLOAT32) return refuse(why_not, "expected float16 or bfloat16");
-  if (problem.m < 1 || problem.m > kMaxTokens) return refuse(why_not, "m: expected 1 to ", kMaxTokens);
-  if (weight.block_size < kBlockCols) return refuse(why_not, "block_size: expected at least ", kBlockCols);
-  if (weight.cols < 1 || weight.cols % kBlockCols != 0)
-    return refuse(why_not, "k: expected a multiple of ", kBlockCols);
-  if (weight.rows < 1 || weight.rows > kMaxSize || weight.cols > kMaxSize)
-    return refuse(why_not, "n, k: expected 1 to 2^30");
   using Any = Kind<__half>;
   const auto* const any =
       reinterpret_cast<const void*>(wide_kernel<Any, typename Any::template Config<kMaxTokens>, true>);
-  if (!is_compiled_for_sm90(device, any))
-    return refuse(why_not, "expected a libqlora built for this GPU's architecture (QLORA_CUDA_ARCHS)");
-  return true;
+  return supports_wgmma(problem, device, kMaxTokens, any, why_not);
 }
 
 template <template <typename> typename Kind>
