@@ -18,6 +18,14 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
+def full_float32() -> None:
+    """No TF32: trainers of other tests, and some machines' settings, allow it for the whole process."""
+    torch.backends.cuda.matmul.allow_tf32 = False  # first: torch wants the older name to agree with the newer
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.fp32_precision = "ieee"
+
+
+@pytest.fixture(autouse=True)
 def verbosity_of_transformers() -> Iterator[None]:
     """Sets transformers' log level back: the commands lower it for the process, and tests share processes."""
     yield

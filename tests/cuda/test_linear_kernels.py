@@ -152,12 +152,8 @@ def test_no_tf32_in_float32(kernel) -> None:
     args, form, weight = quantized(512, 1024, torch.float32, False)
     x = randn(64, 1024, dtype=torch.float32, seed=1)
     kernel("dense")
-    former = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        y = ops.linear_4bit(x, *args, **form)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = former
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # set back after the test: see conftest.py
+    y = ops.linear_4bit(x, *args, **form)
     expected = x.double() @ weight.double().T
     assert_within(y, expected, tolerance(x, weight.T, expected))
 
