@@ -69,7 +69,9 @@ struct alignas(16) Rest {
   float nested_code[256];
   Barrier full[kMaxSlots];
   Barrier empty[kMaxSlots];
-  Barrier started;  // the first scales are there
+  Barrier started;    // the first scales are there
+  Barrier exchanged;  // the second pair's sums of an item are there
+  Barrier taken;      // and added to the first pair's
   alignas(16) unsigned char staging[kPairThreads / 32][kStoreBytes];
 };
 template <int kTokens>
@@ -102,7 +104,7 @@ struct Maps {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-enum NamedBarrier { kAllThreads, kAllScaleThreads, kInputWarps, kCopyWarps, kAllConsumers, kSecondPair, kExchanged };
+enum NamedBarrier { kAllThreads, kAllScaleThreads, kInputWarps, kCopyWarps, kSecondPair };
 
 struct Item {
   int first_row;
@@ -304,7 +306,7 @@ class Consumer {
         place_.advance(kPairs);
       }
       const int last_of_second = (end - 2) | 1;
-      if (last_of_second >= begin) exchange(last_of_second % kSlots<kTokens>);
+      exchange(last_of_second >= begin, last_of_second % kSlots<kTokens>, index % 2);
       if (pair_ == 0) store(item);
     }
   }
@@ -345,23 +347,27 @@ class Consumer {
     }
   }
 
-  // Adds the sums of the second pair to those of the first, by way of the place of x in the second pair's last slot,
-  // which only then is free.
-  __device__ __forceinline__ void exchange(int slot) {
+  // Adds the sums of the second pair, if it had a step of the item, to those of the first, by way of the place of x in
+  // the second pair's last slot, which the first pair frees.
+  __device__ __forceinline__ void exchange(bool has_second, int slot, uint32_t parity) {
     float* const place = reinterpret_cast<float*>(slots_[slot].input) + threadIdx.x % kPairThreads;
     if (pair_ == 1) {
-      synchronize<kPairThreads>(kSecondPair);
+      wait(rest_.taken, parity ^ 1);
+      if (has_second) {
+        synchronize<kPairThreads>(kSecondPair);
 #pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) place[i * kPairThreads] = sums_[i];
-      synchronize<kConsumers>(kAllConsumers);
-      synchronize<kConsumers>(kExchanged);
-      fence_shared();
-      arrive(rest_.empty[slot]);
+        for (int i = 0; i < kTokens / 2; ++i) place[i * kPairThreads] = sums_[i];
+        fence_shared();
+      }
+      arrive(rest_.exchanged);
     } else {
-      synchronize<kConsumers>(kAllConsumers);
+      wait(rest_.exchanged, parity);
+      if (has_second) {
 #pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) sums_[i] += place[i * kPairThreads];
-      synchronize<kConsumers>(kExchanged);
+        for (int i = 0; i < kTokens / 2; ++i) sums_[i] += place[i * kPairThreads];
+        arrive(rest_.empty[slot]);
+      }
+      arrive(rest_.taken);
     }
   }
 
@@ -413,6 +419,8 @@ __device__ __forceinline__ void run(const Arguments& arguments, const Maps& maps
           init_barrier(rest.empty[i], kPairThreads);
         }
         init_barrier(rest.started, kScaleThreads);
+        init_barrier(rest.exchanged, kPairThreads);
+        init_barrier(rest.taken, kPairThreads);
         publish_barriers();
         // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
         copies.prefetch_first();

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kThreads = 128;  // few enough for a block beside one of the kernel that writes the parts
 constexpr int kLoads = 4;      // on their way at once
-constexpr int kMaxParts = 16;
 constexpr double kStepsOfAPart = 1.5;  // that writing and adding up a part of a tile costs
 
 // Each thread kValues values of the output, which do not cross a row.
@@ -59,10 +58,10 @@ __global__ __launch_bounds__(kThreads) void add_parts_kernel(const float* __rest
 
 }  // namespace
 
-int best_num_parts(int64_t num_tiles, int64_t num_steps, int num_multiprocessors) {
+int best_num_parts(int64_t num_tiles, int64_t num_steps, int num_multiprocessors, int max_parts) {
   int best = 1;
   double least = 0.0;
-  for (int parts = 1; parts <= std::min<int64_t>(kMaxParts, num_steps); ++parts) {
+  for (int parts = 1; parts <= std::min<int64_t>(max_parts, num_steps); ++parts) {
     const auto waves = static_cast<double>(ceil_div(num_tiles * parts, num_multiprocessors));
     const double cost = waves * (static_cast<double>(ceil_div(num_steps, parts)) + (parts > 1 ? kStepsOfAPart : 0.0));
     if (parts == 1 || cost < least) {

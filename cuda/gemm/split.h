@@ -11,8 +11,9 @@
 namespace qlora {
 
 // Parts for an output of num_tiles tiles, each a sum of num_steps steps, such that blocks of one a multiprocessor are
-// busy for as few steps as possible; a part costs as much as some steps.
-int best_num_parts(int64_t num_tiles, int64_t num_steps, int num_multiprocessors);
+// busy for as few steps as possible; a part costs as much as some steps. At most max_parts.
+inline constexpr int kMaxParts = 16;
+int best_num_parts(int64_t num_tiles, int64_t num_steps, int num_multiprocessors, int max_parts = kMaxParts);
 
 // output [m, width] = sum of parts [num_parts, m, width] + bias [width], in the parts' order, rounded once.
 void add_parts(const float* parts, int num_parts, int64_t m, int64_t width, const void* bias, void* output,

@@ -124,7 +124,7 @@ class GradConsumer {
         scales_(keep(shared_address(shared.weight[0].scales) + (warp() / 2 * kStep + threadIdx.x % 4 * 2) * 4)) {}
 
   __device__ __forceinline__ void run() {
-    for_each_item<Config::kCluster>(arguments_, [&](const auto& item) {
+    for_each_item<Config>(arguments_, [&](const auto& item) {
 #pragma unroll
       for (auto& operand : sums_) {
 #pragma unroll
@@ -174,7 +174,7 @@ class GradConsumer {
   }
 
   // The warpgroup's blocks of a step, in halves; the next half is decoded while the tensor cores work.
-  __device__ __forceinline__ void multiply_step(int step, const Item<Config::kCluster>& item) {
+  __device__ __forceinline__ void multiply_step(int step, const Item<Config>& item) {
     const int count = num_inputs<Config>(arguments_, step);
     if (step == item.step_begin) {
       rings_.wait_for_weight();
@@ -241,13 +241,13 @@ class GradConsumer {
   }
 
   // A lane has columns 4g..4g+3 of its warp's 32.
-  __device__ __forceinline__ void store(const Item<Config::kCluster>& item) const {
+  __device__ __forceinline__ void store(const Item<Config>& item) const {
     const int col = item.first + warp() * 32 + rings_.lane() / 4 * 4;
     const ProductTarget& target = arguments_.target;
     if (col >= target.width) return;
 #pragma unroll
     for (int i = 0; i < kCols / 4; ++i) {
-      const int token = share() * kCols + i / 2 * 8 + rings_.lane() % 4 * 2 + i % 2;
+      const int token = item.token + share() * kCols + i / 2 * 8 + rings_.lane() % 4 * 2 + i % 2;
       if (token >= target.m) continue;
       const int low = i / 2 * 4 + i % 2;
       const float4 four = make_float4(sums_[0][low], sums_[0][low + 2], sums_[1][low], sums_[1][low + 2]);

@@ -58,7 +58,7 @@ class ForwardConsumer {
 
   __device__ __forceinline__ void run() {
     if (!kScalesWeights && warpgroup() == 1) give_turn();
-    for_each_item<Config::kCluster>(arguments_, [&](const auto& item) {
+    for_each_item<Config>(arguments_, [&](const auto& item) {
 #pragma unroll
       for (auto& half : sums_) {
 #pragma unroll
@@ -170,15 +170,16 @@ class ForwardConsumer {
     give_turn();
   }
 
-  __device__ __forceinline__ void store(const Item<Config::kCluster>& item) const {
+  __device__ __forceinline__ void store(const Item<Config>& item) const {
     constexpr int kGroups = kCols / kProductTokens;
     const int first = item.first + first_row();
+    const int group = item.token / kProductTokens;
 #pragma unroll
     for (int h = 0; h < Config::kHalves; ++h) {
       if (arguments_.target.parts != nullptr) {
-        store_part<kCols>(sums_[h], arguments_.target, item.part, first, h * kGroups);
+        store_part<kCols>(sums_[h], arguments_.target, item.part, first, group + h * kGroups);
       } else {
-        store_product<T, kCols>(sums_[h], arguments_.target, first, h * kGroups,
+        store_product<T, kCols>(sums_[h], arguments_.target, first, group + h * kGroups,
                                 shared_.staging[threadIdx.x / 32 - kWarpgroup / 32]);
       }
     }

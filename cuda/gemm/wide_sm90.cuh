@@ -3,7 +3,7 @@
 // Both compute output [m, width] = input [m, depth] times the weight, transposed or not. The tensor cores' 64-row
 // operand is the decoded weight, from registers, and their column operand the input, kTokens columns for m rows:
 //
-//   block   a tile of 128 columns of the output for all m rows, over a part of the depth. Warpgroup 0 copies, the
+//   block   a tile of 128 columns and up to 256 rows of the output, over a part of the depth. Warpgroup 0 copies, the
 //           others multiply; work items are dealt in turn to as many blocks as there are multiprocessors.
 //   input   through a ring of stages of 64 values of depth; the blocks of a cluster, which have neighbouring tiles,
 //           copy a share each to all of them
@@ -12,6 +12,7 @@
 //           Kind::add adds up in their order
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -39,7 +40,9 @@ inline constexpr int kTile = kScaledRows;  // columns of the output
 inline constexpr int kInputDepth = 64;     // of a stage of the input
 inline constexpr int kStepInputs = kStepBlocks;
 inline constexpr int kStep = kInputDepth * kStepInputs;  // depth of a stage of the weight
-inline constexpr int kMaxTokens = 256;
+inline constexpr int kMaxTokens = 256;  // of a tile
+inline constexpr int kMaxRows = 1 << 30;
+inline constexpr int64_t kMaxWorkspace = int64_t{32} << 20;  // bytes
 inline constexpr int kWeightStages = 3;
 inline constexpr int kMaxInputStages = 8;
 inline constexpr int kFirstSteps = 2;  // whose bytes are asked for at once; more would keep the memory from the scales
@@ -118,41 +121,48 @@ __device__ __forceinline__ int num_inputs(const Arguments& arguments, int step) 
   return min(kStepInputs, (arguments.depth - step * kStep + kInputDepth - 1) / kInputDepth);
 }
 
-// A cluster's share of the work: items from its index on, dealt in turn; an item is a group of tiles and a part.
-template <int kCluster>
+// A cluster's share of the work: items from its index on, dealt in turn; an item is a group of tiles, kTokens rows of
+// the input and a part of the depth.
+template <typename Config>
 struct Items {
   int num_groups;
+  int num_token_tiles;
   int count;
 
   __device__ __forceinline__ explicit Items(const Arguments& arguments)
-      : num_groups((arguments.target.width + kTile * kCluster - 1) / (kTile * kCluster)),
-        count(num_groups * arguments.num_parts) {}
-  static __device__ __forceinline__ int first() { return blockIdx.x / kCluster; }
-  static __device__ __forceinline__ int stride() { return gridDim.x / kCluster; }
+      : num_groups((arguments.target.width + kTile * Config::kCluster - 1) / (kTile * Config::kCluster)),
+        num_token_tiles((arguments.target.m + Config::kTokens - 1) / Config::kTokens),
+        count(num_groups * num_token_tiles * arguments.num_parts) {}
+  static __device__ __forceinline__ int first() { return blockIdx.x / Config::kCluster; }
+  static __device__ __forceinline__ int stride() { return gridDim.x / Config::kCluster; }
 };
 
-template <int kCluster>
+template <typename Config>
 struct Item {
   int first;  // column of the output
+  int token;  // the first
   int part;
   int step_begin;
   int step_end;
 
-  __device__ __forceinline__ Item(const Arguments& arguments, const Items<kCluster>& items, int index) {
-    // Neighbouring tiles at once: their rows share pages of memory.
+  __device__ __forceinline__ Item(const Arguments& arguments, const Items<Config>& items, int index) {
+    // Neighbouring tiles at once: their rows share pages of memory, and all of them the input's rows.
+    constexpr int kCluster = Config::kCluster;
     first = (index % items.num_groups * kCluster + static_cast<int>(blockIdx.x) % kCluster) * kTile;
-    part = index / items.num_groups;
+    const int rest = index / items.num_groups;
+    token = rest % items.num_token_tiles * Config::kTokens;
+    part = rest / items.num_token_tiles;
     step_begin = static_cast<int>(int64_t{num_steps(arguments)} * part / arguments.num_parts);
     step_end = static_cast<int>(int64_t{num_steps(arguments)} * (part + 1) / arguments.num_parts);
   }
 };
 
 // f(item) for each item of this block.
-template <int kCluster, typename Function>
+template <typename Config, typename Function>
 __device__ __forceinline__ void for_each_item(const Arguments& arguments, Function&& f) {
-  const Items<kCluster> items(arguments);
+  const Items<Config> items(arguments);
   for (int index = items.first(); index < items.count; index += items.stride()) {
-    f(Item<kCluster>(arguments, items, index));
+    f(Item<Config>(arguments, items, index));
   }
 }
 
@@ -172,11 +182,11 @@ __device__ __noinline__ inline uint4 load_bytes(const void* address, int count) 
 //   copy_plainly(arguments, item.first, step, stage)
 template <typename Config, typename Kind, bool kIsNested>
 __device__ __forceinline__ void copy_scales(const Arguments& arguments, Shared& shared) {
-  using Cluster = Items<Config::kCluster>;
+  using Cluster = Items<Config>;
   typename Kind::template Scales<kIsNested> scales;
   cudaGridDependencySynchronize();
   // All that is read first is asked for before any of it is waited for.
-  const Item<Config::kCluster> first(arguments, Cluster(arguments), Cluster::first());
+  const Item<Config> first(arguments, Cluster(arguments), Cluster::first());
   scales.load(arguments, first.first, first.step_begin);
   NestedCode nested_code;
   float nested_offset = 0.0f;
@@ -193,7 +203,7 @@ __device__ __forceinline__ void copy_scales(const Arguments& arguments, Shared& 
   bool is_loaded = true;
   bool is_first = true;
   RingPlace<kWeightStages> place;
-  for_each_item<Config::kCluster>(arguments, [&](const auto& item) {
+  for_each_item<Config>(arguments, [&](const auto& item) {
     for (int step = item.step_begin; step < item.step_end; ++step) {
       WeightStage& stage = shared.weight[place.stage()];
       wait(shared.weight_empty[place.stage()], place.free_parity());
@@ -213,9 +223,9 @@ __device__ __forceinline__ void copy_scales(const Arguments& arguments, Shared& 
 // Warp 3: the bytes of the weight.
 template <typename Config, typename Kind>
 __device__ __forceinline__ void prefetch_weight(const Arguments& arguments, const CUtensorMap& map) {
-  using Cluster = Items<Config::kCluster>;
+  using Cluster = Items<Config>;
   if (!arguments.is_weight_aligned) return;
-  const Item<Config::kCluster> item(arguments, Cluster(arguments), Cluster::first());
+  const Item<Config> item(arguments, Cluster(arguments), Cluster::first());
   for (int step = item.step_begin; step < min(item.step_begin + kFirstSteps, item.step_end); ++step) {
     prefetch_box_to_l2(map, Kind::box_col(item.first, step), Kind::box_row(item.first, step));
   }
@@ -225,7 +235,7 @@ template <typename Config, typename Kind>
 __device__ __forceinline__ void copy_weight(const Arguments& arguments, const CUtensorMap& map, Shared& shared) {
   int count = 0;
   RingPlace<kWeightStages> place;
-  for_each_item<Config::kCluster>(arguments, [&](const auto& item) {
+  for_each_item<Config>(arguments, [&](const auto& item) {
     for (int step = item.step_begin; step < item.step_end; ++step) {
       WeightStage& stage = shared.weight[place.stage()];
       Barrier& full = shared.weight_full[place.stage()];
@@ -253,7 +263,7 @@ __device__ __forceinline__ void copy_input(const Arguments& arguments, const CUt
   const int lane = threadIdx.x % 32;
   const int rank = static_cast<int>(blockIdx.x) % Config::kCluster;
   RingPlace<Config::kInputStages> place;
-  for_each_item<Config::kCluster>(arguments, [&](const auto& item) {
+  for_each_item<Config>(arguments, [&](const auto& item) {
     const int steps_end = item.step_end * kStep;
     const int end = Config::kHasWholeSteps ? steps_end : min(steps_end, arguments.depth);
     for (int begin = item.step_begin * kStep; begin < end; begin += kInputDepth) {
@@ -263,14 +273,16 @@ __device__ __forceinline__ void copy_input(const Arguments& arguments, const CUt
       if (arguments.is_input_aligned) {
         if (lane == 0) {
           arrive_expecting(full, kInputStageBytes<Config>);
-          copy_box(stage + rank * kShare * 128, map, begin, rank * kShare, full, (1 << Config::kCluster) - 1);
+          copy_box(stage + rank * kShare * 128, map, begin, item.token + rank * kShare, full,
+                   (1 << Config::kCluster) - 1);
         }
       } else {
         for (int i = lane; i < Config::kTokens * 8; i += 32) {
           const int token = i / 8;
           const int first = begin + i % 8 * 8;
-          const auto* const row = static_cast<const uint8_t*>(arguments.input) + int64_t{token} * arguments.depth * 2;
-          const int count = token < arguments.target.m ? min(max(arguments.depth - first, 0), 8) * 2 : 0;
+          const int source = item.token + token;
+          const auto* const row = static_cast<const uint8_t*>(arguments.input) + int64_t{source} * arguments.depth * 2;
+          const int count = source < arguments.target.m ? min(max(arguments.depth - first, 0), 8) * 2 : 0;
           *reinterpret_cast<uint4*>(stage + token * 128 + (i % 8 ^ token % 8) * 16) =
               load_bytes(row + first * 2, count);
         }
@@ -435,10 +447,18 @@ inline int64_t width_of(const Gemm& problem) { return is_forward(problem) ? prob
 inline int64_t depth_of(const Gemm& problem) { return is_forward(problem) ? problem.weight.cols : problem.weight.rows; }
 
 template <typename Kind>
+int64_t part_bytes(const Gemm& problem) {
+  return Kind::num_part_floats(problem.m, width_of(problem)) * static_cast<int64_t>(sizeof(float));
+}
+
+// As many parts as are best, within kMaxWorkspace.
+template <typename Kind>
 int num_parts_of(const Gemm& problem, const Device& device) {
-  const int cluster = cluster_of(Kind::tokens_of(problem.m));
-  return best_num_parts(ceil_div(width_of(problem), kTile * cluster), ceil_div(depth_of(problem), kStep),
-                        device.num_multiprocessors / cluster);
+  const int tokens = Kind::tokens_of(problem.m);
+  const int cluster = cluster_of(tokens);
+  const int64_t num_tiles = ceil_div(width_of(problem), kTile * cluster) * ceil_div(problem.m, tokens);
+  const int most = static_cast<int>(std::clamp<int64_t>(kMaxWorkspace / part_bytes<Kind>(problem), 1, kMaxParts));
+  return best_num_parts(num_tiles, ceil_div(depth_of(problem), kStep), device.num_multiprocessors / cluster, most);
 }
 
 // As supports_x of gemm.h, but for the direction.
@@ -447,13 +467,13 @@ bool supports(const Gemm& problem, const Device& device, std::string* why_not) {
   using Any = Kind<__half>;
   const auto* const any =
       reinterpret_cast<const void*>(wide_kernel<Any, typename Any::template Config<kMaxTokens>, true>);
-  return supports_wgmma(problem, device, kMaxTokens, any, why_not);
+  return supports_wgmma(problem, device, kMaxRows, any, why_not);
 }
 
 template <template <typename> typename Kind>
 int64_t workspace_size(const Gemm& problem, const Device& device) {
   const int parts = num_parts_of<Kind<__half>>(problem, device);
-  return parts == 1 ? 0 : parts * Kind<__half>::num_part_floats(problem.m, width_of(problem)) * int64_t{sizeof(float)};
+  return parts == 1 ? 0 : parts * part_bytes<Kind<__half>>(problem);
 }
 
 template <typename Kind>
@@ -490,7 +510,9 @@ void launch(const Gemm& problem, const Device& device, const Arguments& argument
     input_map = describe_matrix(problem.input, 2, 128, problem.m, arguments.depth, Config::kTokens / Config::kCluster);
   }
   allow_shared_bytes(device, reinterpret_cast<const void*>(kernel), kSharedBytes<Config>);
-  const int64_t num_items = ceil_div(arguments.target.width, kTile * Config::kCluster) * arguments.num_parts;
+  const int64_t num_tiles = ceil_div(arguments.target.width, kTile * Config::kCluster) *
+                            ceil_div(arguments.target.m, Config::kTokens);
+  const int64_t num_items = num_tiles * arguments.num_parts;
   const unsigned num_clusters = grid_size(num_items, 1, device.num_multiprocessors / Config::kCluster);
   launch_early("wide_kernel", kernel,
                LaunchShape{num_clusters * Config::kCluster, kThreads<Config>, kSharedBytes<Config>, Config::kCluster},
