@@ -43,7 +43,7 @@ bool supports_narrow_sm90(const Gemm& problem, const Device& device, std::string
 int64_t narrow_sm90_workspace_size(const Gemm& problem, const Device& device);
 void narrow_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);
 
-// wide_sm90.cu: 1 to 256 rows of x in 16 bits, blocks of 64 and more, k a multiple of 64; forward, Hopper alone.
+// wide_sm90.cu: any number of rows of x in 16 bits, blocks of 64 and more, k a multiple of 64; forward, Hopper alone.
 bool supports_wide_sm90(const Gemm& problem, const Device& device, std::string* why_not);
 int64_t wide_sm90_workspace_size(const Gemm& problem, const Device& device);
 void wide_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);

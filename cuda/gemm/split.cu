@@ -9,8 +9,8 @@
 namespace qlora {
 namespace {
 
-constexpr int kThreads = 128;  // few enough for a block beside one of the kernel that writes the parts
-constexpr int kLoads = 4;      // on their way at once
+constexpr int kThreads = 128;          // few enough for a block beside one of the kernel that writes the parts
+constexpr int kLoads = 4;              // on their way at once
 constexpr double kStepsOfAPart = 1.5;  // that writing and adding up a part of a tile costs
 
 // Each thread kValues values of the output, which do not cross a row.

@@ -1,5 +1,5 @@
-// y = x W^T + bias for up to 256 rows of x on Hopper's wgmma (wide_sm90.cuh has the frame): the weight is read once
-// from HBM and decoded once, to the registers from which the tensor cores take it. Up to 64 rows narrow_sm90 is faster.
+// y = x W^T + bias on Hopper's wgmma (wide_sm90.cuh has the frame): the weight is decoded, once for 256 rows of x, to
+// the registers from which the tensor cores take it. Up to 64 rows narrow_sm90 is faster.
 //
 //   work      two warpgroups, 64 rows of W each; of W the next block of 64 columns is decoded (WeightOperand) while the
 //             tensor cores work
@@ -214,6 +214,7 @@ struct Forward {
   static void dispatch_tokens(int64_t m, Function&& f) {
     dispatch_constant<128, kMaxTokens>("wide_sm90", tokens_of(m), f);
   }
+  static constexpr int kMaxRows = 1 << 30;
   static int64_t num_part_floats(int64_t m, int64_t width) { return qlora::num_part_floats(m, width); }
   static void add(const ProductTarget& target, int num_parts, qlora_dtype dtype, const Device& device,
                   cudaStream_t stream) {

@@ -39,9 +39,8 @@ inline constexpr int kWarpgroup = 128;     // threads
 inline constexpr int kTile = kScaledRows;  // columns of the output
 inline constexpr int kInputDepth = 64;     // of a stage of the input
 inline constexpr int kStepInputs = kStepBlocks;
-inline constexpr int kStep = kInputDepth * kStepInputs;  // depth of a stage of the weight
-inline constexpr int kMaxTokens = 256;  // of a tile
-inline constexpr int kMaxRows = 1 << 30;
+inline constexpr int kStep = kInputDepth * kStepInputs;      // depth of a stage of the weight
+inline constexpr int kMaxTokens = 256;                       // of a tile
 inline constexpr int64_t kMaxWorkspace = int64_t{32} << 20;  // bytes
 inline constexpr int kWeightStages = 3;
 inline constexpr int kMaxInputStages = 8;
@@ -427,6 +426,7 @@ using ScaledWeightTable = std::conditional_t<std::is_same_v<T, __half>, FloatPai
 // Kind<T> says what the forward product and the input gradient have for themselves:
 //   Config<kTokens>, Table<Config>        what is above, and the table that decodes
 //   describe_weight(weight)               the boxes in which the weight is copied
+//   kMaxRows                              of the input
 //   tokens_of(m), dispatch_tokens(m, f)   kTokens for m rows of the input
 //   num_part_floats(m, width), add(..)    of a part of the output, and to add the parts up
 //   Scales, Consumer, box_col, box_row, copy_plainly    on the device, see copy_scales and run
@@ -467,7 +467,7 @@ bool supports(const Gemm& problem, const Device& device, std::string* why_not) {
   using Any = Kind<__half>;
   const auto* const any =
       reinterpret_cast<const void*>(wide_kernel<Any, typename Any::template Config<kMaxTokens>, true>);
-  return supports_wgmma(problem, device, kMaxRows, any, why_not);
+  return supports_wgmma(problem, device, Any::kMaxRows, any, why_not);
 }
 
 template <template <typename> typename Kind>
@@ -510,8 +510,8 @@ void launch(const Gemm& problem, const Device& device, const Arguments& argument
     input_map = describe_matrix(problem.input, 2, 128, problem.m, arguments.depth, Config::kTokens / Config::kCluster);
   }
   allow_shared_bytes(device, reinterpret_cast<const void*>(kernel), kSharedBytes<Config>);
-  const int64_t num_tiles = ceil_div(arguments.target.width, kTile * Config::kCluster) *
-                            ceil_div(arguments.target.m, Config::kTokens);
+  const int64_t num_tiles =
+      ceil_div(arguments.target.width, kTile * Config::kCluster) * ceil_div(arguments.target.m, Config::kTokens);
   const int64_t num_items = num_tiles * arguments.num_parts;
   const unsigned num_clusters = grid_size(num_items, 1, device.num_multiprocessors / Config::kCluster);
   launch_early("wide_kernel", kernel,

@@ -101,9 +101,9 @@ def drive_linears() -> None:
 
 def drive_fused_kernel(kernel: str) -> None:
     """With the shapes and numbers of tokens that FUSED names for it."""
-    for (tokens, shapes), dtype, quant_type in itertools.product(FUSED[kernel], DTYPES[1:], QUANT_TYPES):
+    for (tokens, shapes), form in itertools.product(FUSED[kernel], zip(DTYPES[1:], QUANT_TYPES, strict=True)):
         for shape in shapes:
-            drive_fused(kernel, tokens, shape, dtype, quant_type)
+            drive_fused(kernel, tokens, shape, *form)
         torch.cuda.synchronize()
 
 
@@ -112,7 +112,7 @@ FUSED: dict[str, tuple[tuple[tuple[int, ...], tuple[tuple[int, int], ...]], ...]
     "skinny_sm80": (((3, 12, 30), ((1, 64), (264, 1088), (333, 4096), (5000, 320))),),
     "skinny_sm90": (((1, 8, 13), ((1, 256), (264, 4096), (40, 5120), (17, 16384))),),
     "narrow_sm90": (((3, 20, 50), ((1, 64), (264, 1088), (333, 1024))), ((20, 50), ((17100, 320),))),
-    "wide_sm90": (((3, 100, 200), ((1, 64), (264, 1088), (333, 1024))), ((100, 200), ((17100, 320),))),
+    "wide_sm90": (((3, 100, 300), ((1, 64), (264, 1088), (333, 1024))), ((100, 200), ((17100, 320),))),
     "wide_grad_sm90": (
         ((3, 20, 50, 100, 200), ((1, 64), (264, 1088), (333, 1024))),
         ((20, 100), ((320, 17152),)),

@@ -16,7 +16,7 @@ from qlora import ops
 pytestmark = pytest.mark.gpu
 
 # The most rows of each.
-MAX_ROWS = {"narrow_sm90": 64, "wide_sm90": 256, "wide_grad_sm90": 256, "skinny_sm80": 32}
+MAX_ROWS = {"narrow_sm90": 64, "wide_sm90": 700, "wide_grad_sm90": 256, "skinny_sm80": 32}
 # [n, k]: less than a tile and than a step; a step and a rest of 1, 2 and 3 blocks; tiles in pairs and not; many parts,
 # also of rows that no vector divides; more items than multiprocessors, of several steps and a rest each.
 SHAPES = (
@@ -67,7 +67,7 @@ def call(name: str, x: Tensor, args: tuple, form: dict) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("fused", "m"),
-    [(name, m) for name, most in MAX_ROWS.items() for m in (1, 12, 17, 32, 64, 100, 129, 256) if m <= most],
+    [(name, m) for name, most in MAX_ROWS.items() for m in (1, 12, 17, 32, 64, 100, 129, 256, 257, 700) if m <= most],
     indirect=["fused"],
 )
 def test_fused_equals_float64_product_of_the_exact_weight(
@@ -94,6 +94,7 @@ def test_fused_equals_float64_product_of_the_exact_weight(
         ("narrow_sm90", 40),
         ("wide_sm90", 20),
         ("wide_sm90", 200),
+        ("wide_sm90", 300),
         ("skinny_sm80", 3),
         ("skinny_sm80", 20),
     ],
