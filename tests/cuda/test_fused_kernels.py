@@ -67,7 +67,12 @@ def call(name: str, x: Tensor, args: tuple, form: dict) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("fused", "m"),
-    [(name, m) for name, most in MAX_ROWS.items() for m in (1, 12, 17, 32, 64, 100, 129, 256, 257, 700) if m <= most],
+    [
+        (name, m)
+        for name, most in MAX_ROWS.items()
+        for m in (1, 12, 17, 32, 64, 100, 129, 256, 257, 700)
+        if m <= most
+    ],
     indirect=["fused"],
 )
 def test_fused_equals_float64_product_of_the_exact_weight(
