@@ -191,11 +191,7 @@ def lora(n: int, k: int, rank: int, *, device: str, dtype: torch.dtype = torch.f
 
 
 def _lora_backward(x: Tensor, left: Tensor, dy: Tensor, *args: Any, **kwargs: Any) -> Any:
-    # Of the rows of dy, which tests repeat.
-    repeats = dy.shape[0] // x.shape[0]
-    return ops.lora_linear_4bit_backward(
-        dy, x.repeat(repeats, 1, 1), left.repeat(repeats, 1), *args, **kwargs
-    )
+    return ops.lora_linear_4bit_backward(dy, x, left, *args, **kwargs)
 
 
 def as_tuple(output: Any) -> tuple[Tensor, ...]:
