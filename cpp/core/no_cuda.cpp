@@ -67,8 +67,8 @@ qlora_status qlora_lora_linear_4bit_cuda(const void*, const void*, int64_t, qlor
 }
 
 qlora_status qlora_lora_linear_4bit_backward_cuda(const void*, const void*, const void*, int64_t, qlora_dtype,
-                                                  const qlora_weight_4bit*, const qlora_lora*, int, void*, void*,
-                                                  void*, void*, void*, int64_t, int32_t, qlora_stream) {
+                                                  const qlora_weight_4bit*, const qlora_lora*, int, void*, void*, void*,
+                                                  void*, void*, int64_t, int32_t, qlora_stream) {
   return no_cuda("lora_linear_4bit_backward");
 }
 

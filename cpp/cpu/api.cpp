@@ -193,9 +193,9 @@ qlora_status qlora_adapter_gradient_cpu(const void* left, int64_t rank, const vo
     if (m != 0) check_pointer(op, "left", left);
     if (m != 0) check_pointer(op, "x", x);
     check_pointer(op, "output", output);
-    cpu::kernels().adapter_gradient({left, left_columns(rank), rank, x, m, cols, dtype, output, output_dtype,
-                                     is_output_transposed != 0},
-                                    col_begin, col_end);
+    cpu::kernels().adapter_gradient(
+        {left, left_columns(rank), rank, x, m, cols, dtype, output, output_dtype, is_output_transposed != 0}, col_begin,
+        col_end);
   });
 }
 

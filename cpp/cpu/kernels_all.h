@@ -13,8 +13,8 @@ namespace qlora::cpu::QLORA_LEVEL {
 namespace {
 
 constexpr Kernels all_kernels(const char* name) {
-  return {name,   quantize,          dequantize,      quantize_absmax, dequantize_absmax, embedding,
-          linear, linear_grad_input, adapter_product, adapter_gradient};
+  return {name,      quantize, dequantize,        quantize_absmax, dequantize_absmax,
+          embedding, linear,   linear_grad_input, adapter_product, adapter_gradient};
 }
 
 }  // namespace

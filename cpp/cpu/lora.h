@@ -44,8 +44,8 @@ inline void multiply_row(const AdapterProduct& product, const float* row, float*
     Floats sum = broadcast(0.0f);
     for (int64_t d = 0; d < product.depth; ++d) {
       const int64_t from = d * product.cols + c;
-      const Floats right = count == kWidth ? load_as<kType>(product.right, from)
-                                           : load_partial_as<kType>(product.right, from, count);
+      const Floats right =
+          count == kWidth ? load_as<kType>(product.right, from) : load_partial_as<kType>(product.right, from, count);
       sum = multiply_add(broadcast(row[d]), right, sum);
     }
     store(sums + c, sum);
@@ -109,8 +109,8 @@ inline void gradient_tile(const AdapterGradient& gradient, int64_t row, int64_t 
       float lanes[kVectors * kWidth];
       for (int v = 0; v < kVectors; ++v) store(lanes + v * kWidth, sums[j][v]);
       for (int64_t c = 0; c < count; ++c) {
-        const int64_t to = gradient.is_output_transposed ? (col + c) * gradient.rank + row + j
-                                                         : (row + j) * gradient.cols + col + c;
+        const int64_t to =
+            gradient.is_output_transposed ? (col + c) * gradient.rank + row + j : (row + j) * gradient.cols + col + c;
         store_partial_as<kOutput>(gradient.output, to, broadcast(lanes[c]), 1);
       }
     }

@@ -203,10 +203,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_4bit_backward(
   const auto place = [](Tensor& tensor, bool is_needed) { return is_needed ? tensor.mutable_data_ptr() : nullptr; };
   const Workspace workspace(weight, dy, lora, true, false, launch.device);
   throw_on_failure(qlora_lora_linear_4bit_backward_cuda(
-      dy.values.const_data_ptr(), x.const_data_ptr(), narrow.const_data_ptr(), dy.m, dy.dtype, weight.get(),
-      lora.get(), is_separate ? 1 : 0, place(gradients.input, needs_input),
-      place(gradients.adapter_input, needs_adapter_input), place(gradients.a, needs_a), place(gradients.b, needs_b),
-      workspace.data, workspace.size, launch.device, launch.stream));
+      dy.values.const_data_ptr(), x.const_data_ptr(), narrow.const_data_ptr(), dy.m, dy.dtype, weight.get(), lora.get(),
+      is_separate ? 1 : 0, place(gradients.input, needs_input), place(gradients.adapter_input, needs_adapter_input),
+      place(gradients.a, needs_a), place(gradients.b, needs_b), workspace.data, workspace.size, launch.device,
+      launch.stream));
   return gradients.all();
 }
 

@@ -256,9 +256,8 @@ QLORA_API qlora_status qlora_lora_linear_4bit_backward_cuda(const void* dy, cons
 /// backward pass dleft besides: m * left_columns values of `dtype`.
 /// \param[in]  lora  Only rank is read.
 QLORA_API qlora_status qlora_lora_linear_4bit_workspace_size(const qlora_weight_4bit* weight, int64_t m,
-                                                             qlora_dtype dtype, const qlora_lora* lora,
-                                                             int is_backward, int has_bias, int32_t device,
-                                                             int64_t* size);
+                                                             qlora_dtype dtype, const qlora_lora* lora, int is_backward,
+                                                             int has_bias, int32_t device, int64_t* size);
 
 /// On CPU the same in steps, each over units of its own, for the caller to run in parallel: adapter_product for left or
 /// dleft, then the linear layer or its input gradient, then adapter_gradient.
@@ -291,8 +290,8 @@ QLORA_API qlora_status qlora_lora_linear_4bit_grad_input_cpu(const void* dy, int
 /// Units: columns of x.
 QLORA_API qlora_status qlora_adapter_gradient_cpu(const void* left, int64_t rank, const void* x, int64_t m,
                                                   int64_t cols, qlora_dtype dtype, void* output,
-                                                  qlora_dtype output_dtype, int is_output_transposed,
-                                                  int64_t col_begin, int64_t col_end);
+                                                  qlora_dtype output_dtype, int is_output_transposed, int64_t col_begin,
+                                                  int64_t col_end);
 
 /// Embedding: y[i, :] = dequantised row indices[i] of the weight.
 /// \param[in]  indices  [num_indices], each in [0, rows). CPU: an index outside is QLORA_INVALID_ARGUMENT. CUDA: its
