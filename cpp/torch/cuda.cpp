@@ -54,6 +54,12 @@ struct Workspace {
   void* data = nullptr;
 };
 
+// At an address that 16-byte loads take: a copy of a view that begins between two.
+Tensor aligned(const Tensor& tensor) {
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return address % 16 == 0 ? tensor : torch::stable::clone(tensor);
+}
+
 std::tuple<Tensor, Tensor> quantize_4bit(Tensor input, int64_t block_size, std::string quant_type) {
   const char* op = "quantize_4bit";
   check_block_size(op, block_size);
@@ -197,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_4bit_backward(
   const Rows dy(op, "grad_output", grad_output, weight.rows());
   const ScalarType dtype = grad_output.scalar_type();
   const Tensor x = checked(op, "adapter_input", adapter_input, dtype, grad_output, dy.m * weight.cols());
-  const Tensor narrow = checked(op, "left", left, dtype, grad_output, dy.m * lora.left_stride());
+  const Tensor narrow = aligned(checked(op, "left", left, dtype, grad_output, dy.m * lora.left_stride()));
   LoraGradients gradients(dy, weight, lora, needs_input, needs_adapter_input, needs_a, needs_b);
   if (dy.m == 0) return gradients.zeros();
   const auto place = [](Tensor& tensor, bool is_needed) { return is_needed ? tensor.mutable_data_ptr() : nullptr; };

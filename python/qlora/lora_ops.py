@@ -16,6 +16,7 @@ by side, with a scaling of 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,7 +134,7 @@ def _lora_linear_4bit_fake(
     block_size: int,
     quant_type: str,
 ) -> tuple[Tensor, Tensor]:
-    num_rows = input.shape[:-1].numel()
+    num_rows = math.prod(input.shape[:-1])
     output = input.new_empty((*input.shape[:-1], shape[0]))
     return output, input.new_empty((num_rows, left_columns(a.shape[0])))
 
@@ -141,13 +142,20 @@ def _lora_linear_4bit_fake(
 torch.library.register_fake("qlora::lora_linear_4bit", _lora_linear_4bit_fake)
 
 
-def _autograd_backward(ctx: Any, grad_output: Tensor, grad_left: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, packed, absmax, nested_absmax, nested_quant_map, nested_offset = ctx.saved_tensors
+def _autograd_backward(
+    ctx: Any, grad_output: Tensor | None, grad_left: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * len(ctx.needs_input_grad)
+    adapter_input, left, a, b, packed, absmax, nested_absmax, nested_quant_map, nested_offset = (
+        ctx.saved_tensors
+    )
     weight = (packed, absmax, nested_absmax, nested_quant_map, nested_offset)
     needs = ctx.needs_input_grad
-    needed = (needs[0], needs[10], needs[7], needs[8])
     gradients = gradients_of(
-        grad_output, *tensors, weight, ctx.scaling, ctx.format, is_separate=ctx.is_separate, needed=needed
+        *(grad_output, adapter_input, left, a, b, weight, ctx.scaling, ctx.form),
+        is_separate=ctx.is_separate,
+        needed=(needs[0], needs[10], needs[7], needs[8]),
     )
     grad_input, grad_adapter_input, grad_a, grad_b = gradients
     grad_bias = grad_output.sum_to_size(grad_output.shape[-1:]) if needs[6] else None
@@ -159,9 +167,10 @@ def _autograd_backward(ctx: Any, grad_output: Tensor, grad_left: Tensor | None) 
 
 def _autograd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, *weight, _, a, b, ctx.scaling, adapter_input, shape, block_size, quant_type = inputs
-    ctx.format = (shape, block_size, quant_type)
+    ctx.form = (shape, block_size, quant_type)
     ctx.is_separate = adapter_input is not None
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for left
     ctx.save_for_backward(adapter_input if ctx.is_separate else x, output[1], a, b, *weight)
 
 
@@ -214,7 +223,7 @@ def lora_linear_4bit_backward(
     weight = (packed, absmax, nested_absmax, nested_quant_map, nested_offset)
     weight = _checks.check_weight(op, grad_output.device, weight, shape, block_size, quant_type)
     _check_lora(op, a, b, grad_output.device, shape)
-    num_rows = grad_output.shape[:-1].numel()
+    num_rows = math.prod(grad_output.shape[:-1])
     _check_like(op, "adapter_input", adapter_input, grad_output, num_rows * shape[1])
     _check_like(op, "left", left, grad_output, num_rows * left_columns(a.shape[0]))
     if needed[1] and not is_separate:
@@ -263,9 +272,7 @@ def _no_gradient(ctx: Any, *grads: Any) -> tuple[None, ...]:
 
 
 torch.library.register_fake("qlora::lora_linear_4bit_backward", _lora_linear_4bit_backward_fake)
-torch.library.register_autograd(
-    "qlora::lora_linear_4bit_backward", _no_gradient, setup_context=_mark_outputs
-)
+torch.library.register_autograd("qlora::lora_linear_4bit_backward", _no_gradient, setup_context=_mark_outputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,7 +293,9 @@ def gradients_of(
     if not (needed[0] or needed[1] or needed[2] or needed[3]):
         return None, None, None, None
     if torch.is_grad_enabled():
-        return _composed_gradients(grad_output, adapter_input, a, b, weight, scaling, form, is_separate, needed)
+        return _composed_gradients(
+            grad_output, adapter_input, a, b, weight, scaling, form, is_separate, needed
+        )
     return _raw_gradients(grad_output, adapter_input, left, a, b, weight, scaling, form, is_separate, needed)
 
 

@@ -250,8 +250,8 @@ class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
             if not isinstance(self.scaling[name], Tensor) and self.lora_B[name].bias is None
         ]
         undropped = [name for name in served if not self._drops(name)]
-        ranks = (self.lora_A[name].weight.shape[0] for name in undropped)
-        return undropped if undropped and sum(ranks) <= lora_ops.MAX_RANK else served[:1]
+        rank = sum(self._matrices(name)[0].shape[0] for name in undropped)
+        return undropped if undropped and rank <= lora_ops.MAX_RANK else served[:1]
 
     def _drops(self, name: str) -> bool:
         dropout: Any = self.lora_dropout[name]
@@ -261,15 +261,21 @@ class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
         """The base layer's result with the updates of these adapters, in one call; `_fused` says which it may be."""
         base: Any = self.base_layer
         first = names[0]
-        a: Any = self.lora_A[first].weight
-        b: Any = self.lora_B[first].weight
+        a, b = self._matrices(first)
+        scaling = self.scaling[first]
         if len(names) > 1:
-            a = torch.cat([self.lora_A[name].weight for name in names])
-            b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
-        scaling = self.scaling[first] if len(names) == 1 else 1.0
+            matrices = [self._matrices(name) for name in names]
+            a = torch.cat([a for a, _ in matrices])
+            scaled = [b * self.scaling[name] for name, (_, b) in zip(names, matrices, strict=True)]
+            b, scaling = torch.cat(scaled, dim=1), 1.0
         dropped = self.lora_dropout[first](x) if self._drops(first) else None
         result: Tensor = base.forward_with_lora(x, a, b, scaling, dropped)
         return result
+
+    def _matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        a: Any = self.lora_A[name].weight
+        b: Any = self.lora_B[name].weight
+        return a, b
 
     def _add_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         """result + the adapter's update, in place where the dtypes allow: [rows, n] and [rows, k]."""
