@@ -117,7 +117,7 @@ def test_the_compiled_layer_has_the_operator_in_its_graph() -> None:
     ours, _ = layers({"lora_dropout": 0.0})
     graphs: list[torch.fx.GraphModule] = []
 
-    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
         graphs.append(graph)
         return graph.forward
 
