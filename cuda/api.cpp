@@ -10,6 +10,7 @@
 #include "cuda/device_guard.h"
 #include "cuda/gemm/select.h"
 #include "cuda/kernels.h"
+#include "cuda/lora/lora_linear.h"
 #include "qlora/qlora.h"
 
 namespace qlora {
@@ -57,14 +58,41 @@ Gemm describe_gemm(const char* op, const qlora_weight_4bit* weight, int64_t m, q
   return problem;
 }
 
-void check_workspace(const char* op, const Gemm& problem, const Device& device) {
-  const int64_t needed = gemm_workspace_size(problem, device);
+void check_alignment(const char* op, const char* argument, const void* pointer, uintptr_t bytes) {
+  check_pointer(op, argument, pointer);
+  expect(reinterpret_cast<uintptr_t>(pointer) % bytes == 0, op, ": ", argument, ": expected an address aligned to ",
+         bytes, " bytes, got ", pointer);
+}
+
+void check_workspace(const char* op, const Gemm& problem, int64_t needed) {
   expect(problem.workspace_size >= needed, op, ": workspace_size: expected at least ", needed, ", got ",
          problem.workspace_size);
-  if (needed == 0) return;
-  check_pointer(op, "workspace", problem.workspace);
-  expect(reinterpret_cast<uintptr_t>(problem.workspace) % kWorkspaceAlignment == 0, op,
-         ": workspace: expected an address aligned to ", kWorkspaceAlignment, " bytes, got ", problem.workspace);
+  if (needed > 0) check_alignment(op, "workspace", problem.workspace, kWorkspaceAlignment);
+}
+
+// The adapter's matrices, where they have values.
+void check_lora(const char* op, const qlora_lora* lora, const qlora_weight_4bit& weight) {
+  check_pointer(op, "lora", lora);
+  check_rank(op, lora->rank);
+  check_dtype(op, lora->a_dtype);
+  check_dtype(op, lora->b_dtype);
+  if (weight.cols > 0) check_pointer(op, "lora.a", lora->a);
+  if (weight.rows > 0) check_pointer(op, "lora.b", lora->b);
+}
+
+void run_lora(const char* op, const LoraLinear& problem, int32_t device_index, qlora_stream stream) {
+  const qlora_weight_4bit& weight = problem.gemm.weight;
+  check_gemm(op, problem.gemm);
+  check_lora(op, &problem.lora, weight);
+  check_size(op, "m", problem.gemm.m, left_columns(problem.lora.rank));
+  const Device& device = find_device(op, device_index);
+  const DeviceGuard guard(device_index);
+  if (problem.gemm.m > 0) check_workspace(op, problem.gemm, lora_workspace_size(problem, device));
+  if (problem.gemm.direction == Direction::kForward) {
+    run_lora_forward(problem, device, to_cuda(stream));
+  } else {
+    run_lora_backward(problem, device, to_cuda(stream));
+  }
 }
 
 void run_linear(const Gemm& problem, int32_t device_index, qlora_stream stream) {
@@ -77,7 +105,7 @@ void run_linear(const Gemm& problem, int32_t device_index, qlora_stream stream) 
   if (problem.m == 0 || num_outputs == 0) return;
   if (num_inputs > 0) check_pointer(op, is_forward ? "x" : "dy", problem.input);
   check_pointer(op, is_forward ? "y" : "dx", problem.output);
-  check_workspace(op, problem, device);
+  check_workspace(op, problem, gemm_workspace_size(problem, device));
   const DeviceGuard guard(device_index);
   run_gemm(problem, device, to_cuda(stream));
 }
@@ -163,8 +191,8 @@ qlora_status qlora_linear_4bit_cuda(const void* x, int64_t m, qlora_dtype dtype,
   return guarded([&] {
     qlora::check_weight("linear_4bit", weight);
     qlora::run_linear(
-        {qlora::Direction::kForward, m, dtype, *weight, x, bias, y, workspace, workspace_size, bias != nullptr}, device,
-        stream);
+        {qlora::Direction::kForward, m, dtype, *weight, x, bias, y, workspace, workspace_size, bias != nullptr, {}},
+        device, stream);
   });
 }
 
@@ -174,8 +202,8 @@ qlora_status qlora_linear_4bit_grad_input_cuda(const void* dy, int64_t m, qlora_
   return guarded([&] {
     qlora::check_weight("linear_4bit_grad_input", weight);
     qlora::run_linear(
-        {qlora::Direction::kGradInput, m, dtype, *weight, dy, nullptr, dx, workspace, workspace_size, false}, device,
-        stream);
+        {qlora::Direction::kGradInput, m, dtype, *weight, dy, nullptr, dx, workspace, workspace_size, false, {}},
+        device, stream);
   });
 }
 
@@ -186,6 +214,75 @@ qlora_status qlora_linear_4bit_workspace_size(const qlora_weight_4bit* weight, i
     const qlora::Gemm problem = qlora::describe_gemm(kOp, weight, m, dtype, is_grad, has_bias);
     qlora::check_pointer(kOp, "size", size);
     *size = qlora::gemm_workspace_size(problem, qlora::find_device(kOp, device));
+  });
+}
+
+qlora_status qlora_lora_linear_4bit_cuda(const void* x, const void* adapter_x, int64_t m, qlora_dtype dtype,
+                                         const qlora_weight_4bit* weight, const void* bias, const qlora_lora* lora,
+                                         void* y, void* left, void* workspace, int64_t workspace_size, int32_t device,
+                                         qlora_stream stream) {
+  return guarded([&] {
+    constexpr const char* kOp = "lora_linear_4bit";
+    qlora::check_weight(kOp, weight);
+    qlora::check_pointer(kOp, "lora", lora);
+    if (m > 0) {
+      if (weight->cols > 0) qlora::check_pointer(kOp, "x", x);
+      if (weight->rows > 0) qlora::check_pointer(kOp, "y", y);
+      qlora::check_alignment(kOp, "left", left, qlora::kLeftAlignment);
+    }
+    qlora::LoraLinear problem = {};
+    problem.gemm = {
+        qlora::Direction::kForward, m, dtype, *weight, x, bias, y, workspace, workspace_size, bias != nullptr, {}};
+    problem.lora = *lora;
+    problem.adapter_x = adapter_x == nullptr ? x : adapter_x;
+    problem.left = left;
+    qlora::run_lora(kOp, problem, device, stream);
+  });
+}
+
+qlora_status qlora_lora_linear_4bit_backward_cuda(const void* dy, const void* adapter_x, const void* left, int64_t m,
+                                                  qlora_dtype dtype, const qlora_weight_4bit* weight,
+                                                  const qlora_lora* lora, int is_x_separate, void* dx, void* dadapter_x,
+                                                  void* da, void* db, void* workspace, int64_t workspace_size,
+                                                  int32_t device, qlora_stream stream) {
+  return guarded([&] {
+    constexpr const char* kOp = "lora_linear_4bit_backward";
+    qlora::check_weight(kOp, weight);
+    qlora::check_pointer(kOp, "lora", lora);
+    qlora::expect(dadapter_x == nullptr || is_x_separate != 0, kOp,
+                  ": dadapter_x: expected null where is_x_separate is 0, got ", dadapter_x);
+    if (m > 0) {
+      if (weight->rows > 0) qlora::check_pointer(kOp, "dy", dy);
+      if (da != nullptr && weight->cols > 0) qlora::check_pointer(kOp, "adapter_x", adapter_x);
+      if (db != nullptr) qlora::check_alignment(kOp, "left", left, qlora::kLeftAlignment);
+    }
+    qlora::LoraLinear problem = {};
+    problem.gemm = {
+        qlora::Direction::kGradInput, m, dtype, *weight, dy, nullptr, dx, workspace, workspace_size, false, {}};
+    problem.lora = *lora;
+    problem.adapter_x = adapter_x;
+    problem.left = const_cast<void*>(left);
+    problem.is_x_separate = is_x_separate != 0;
+    problem.dadapter_x = dadapter_x;
+    problem.da = da;
+    problem.db = db;
+    qlora::run_lora(kOp, problem, device, stream);
+  });
+}
+
+qlora_status qlora_lora_linear_4bit_workspace_size(const qlora_weight_4bit* weight, int64_t m, qlora_dtype dtype,
+                                                   const qlora_lora* lora, int is_backward, int has_bias,
+                                                   int32_t device, int64_t* size) {
+  return guarded([&] {
+    constexpr const char* kOp = "lora_linear_4bit_workspace_size";
+    qlora::LoraLinear problem = {};
+    problem.gemm = qlora::describe_gemm(kOp, weight, m, dtype, is_backward, has_bias);
+    qlora::check_pointer(kOp, "lora", lora);
+    qlora::check_rank(kOp, lora->rank);
+    qlora::check_pointer(kOp, "size", size);
+    problem.lora.rank = lora->rank;
+    const qlora::Device& described = qlora::find_device(kOp, device);
+    *size = m == 0 ? 0 : qlora::lora_workspace_size(problem, described);
   });
 }
 

@@ -4,14 +4,15 @@
 #include <cstdint>
 #include <string>
 
+#include "core/low_rank.h"
 #include "core/weight.h"
 #include "qlora/qlora.h"
 
 namespace qlora {
 
 enum class Direction {
-  kForward,    // y [m, n] = x [m, k] W^T + bias,  W [n, k]
-  kGradInput,  // dx [m, k] = dy [m, n] W
+  kForward,    // y [m, n] = x [m, k] W^T + bias + low-rank term,  W [n, k]
+  kGradInput,  // dx [m, k] = dy [m, n] W + low-rank term
 };
 
 struct Gemm {
@@ -25,6 +26,7 @@ struct Gemm {
   void* workspace;
   int64_t workspace_size;
   bool has_bias;
+  LowRank low_rank;  // of rank 0 where there is none
 };
 
 // For example "linear_4bit m=4 n=4096 k=4096 bfloat16 nf4 block 64 double-quantised bias".

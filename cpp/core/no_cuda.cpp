@@ -60,6 +60,23 @@ qlora_status qlora_linear_4bit_grad_input_cuda(const void*, int64_t, qlora_dtype
   return no_cuda("linear_4bit_grad_input");
 }
 
+qlora_status qlora_lora_linear_4bit_cuda(const void*, const void*, int64_t, qlora_dtype, const qlora_weight_4bit*,
+                                         const void*, const qlora_lora*, void*, void*, void*, int64_t, int32_t,
+                                         qlora_stream) {
+  return no_cuda("lora_linear_4bit");
+}
+
+qlora_status qlora_lora_linear_4bit_backward_cuda(const void*, const void*, const void*, int64_t, qlora_dtype,
+                                                  const qlora_weight_4bit*, const qlora_lora*, int, void*, void*, void*,
+                                                  void*, void*, int64_t, int32_t, qlora_stream) {
+  return no_cuda("lora_linear_4bit_backward");
+}
+
+qlora_status qlora_lora_linear_4bit_workspace_size(const qlora_weight_4bit*, int64_t, qlora_dtype, const qlora_lora*,
+                                                   int, int, int32_t, int64_t*) {
+  return no_cuda("lora_linear_4bit_workspace_size");
+}
+
 qlora_status qlora_embedding_4bit_cuda(const int64_t*, int64_t, const qlora_weight_4bit*, void*, qlora_dtype, int32_t,
                                        qlora_stream) {
   return no_cuda("embedding_4bit");

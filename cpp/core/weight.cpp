@@ -45,6 +45,10 @@ void check_block_size(const char* op, int64_t block_size) {
          block_size);
 }
 
+void check_rank(const char* op, int64_t rank) {
+  expect(rank >= 1 && rank <= QLORA_MAX_RANK, op, ": rank: expected 1 to ", QLORA_MAX_RANK, ", got ", rank);
+}
+
 void check_pointer(const char* op, const char* argument, const void* pointer) {
   expect(pointer != nullptr, op, ": ", argument, ": expected a pointer, got null");
 }

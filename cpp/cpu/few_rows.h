@@ -20,12 +20,15 @@ struct FewRowsSpace {
   float* words;   // [kDepth / 8, columns], 8 codes each
   float* scales;  // [kDepth / kGroup, columns]
   float* sums;    // [kRows, columns]
+  float* right;   // [rank, columns], of the update
 };
 inline FewRowsSpace few_rows_space() {
   constexpr size_t kMaxCols = 4 * kWidth;
   constexpr size_t kInput = kMaxFewRows * kDepth, kWords = kDepth / 8 * kMaxCols, kScales = kDepth / kGroup * kMaxCols;
-  float* base = scratch(kInput + kWords + kScales + kMaxFewRows * kMaxCols);
-  return {base, base + kInput, base + kInput + kWords, base + kInput + kWords + kScales};
+  constexpr size_t kSums = kMaxFewRows * kMaxCols, kRight = kMaxRank * kMaxCols;
+  float* base = scratch(kInput + kWords + kScales + kSums + kRight);
+  float* sums = base + kInput + kWords + kScales;
+  return {base, base + kInput, base + kInput + kWords, sums, sums + kSums};
 }
 
 template <int kRows, int kVectors>
@@ -51,15 +54,37 @@ struct Sums {
   }
 };
 
-// input [kRows, kDepth] = columns [begin, begin + depth) as fp32.
+// packed [kRows, kDepth] = columns [begin, begin + depth) of `input` as fp32.
 template <qlora_dtype kType, int kRows>
-inline void load_few_rows(const Product& product, int64_t begin, int64_t depth, float* input) {
+inline void load_few_rows(const void* input, int64_t row_length, int64_t begin, int64_t depth, float* packed) {
   for (int r = 0; r < kRows; ++r) {
-    const int64_t from = r * product.depth + begin;
-    int64_t d = 0;
-    for (; d + kWidth <= depth; d += kWidth) store(input + r * kDepth + d, load_as<kType>(product.input, from + d));
-    if (d < depth) store(input + r * kDepth + d, load_partial_as<kType>(product.input, from + d, depth - d));
+    const int64_t from = r * row_length + begin;
+    for (int64_t d = 0; d < depth; d += kWidth) {
+      load_to<kType>(input, from + d, smaller(kWidth, depth - d), packed + r * kDepth + d);
+    }
   }
+}
+
+// Adds the update of columns [col, col + kVectors * kWidth) to the sums.
+template <qlora_dtype kType, int kRows, int kVectors>
+inline void add_update(const Product& product, const FewRowsSpace& space, int64_t col) {
+  constexpr int kCols = kVectors * kWidth;
+  const LowRank& term = product.update.low_rank;
+  load_few_rows<kType, kRows>(term.left, term.left_stride, 0, term.rank, space.input);
+  load_right<kCols>(product, col, space.right);
+  Sums<kRows, kVectors> sums;
+  sums.clear();
+  for (int64_t d = 0; d < term.rank; ++d) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats value = load(space.right + d * kCols + v * kWidth);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        sums.sum[r][v] = multiply_add(broadcast(space.input[r * kDepth + d]), value, sums.sum[r][v]);
+      }
+    }
+  }
+  sums.add_to(space.sums, false);
 }
 
 // Adds rows of W to the sums: lane c of vector v is column v * kWidth + c.
@@ -98,7 +123,7 @@ inline void multiply_few_rows(const Product& product, const TransposedPanel& wei
     int64_t begin = 0;
     do {
       const int64_t depth = smaller(kDepth, product.depth - begin);
-      load_few_rows<kType, kRows>(product, begin, depth, space.input);
+      load_few_rows<kType, kRows>(product.input, product.depth, begin, depth, space.input);
       weight.load_scales<kCols>(col, begin, depth, space.scales);
       for (int v = 0; v < kVectors; ++v) {
         weight.load_words(col + v * kWidth, begin, depth, kCols, space.words + v * kWidth);
@@ -106,6 +131,7 @@ inline void multiply_few_rows(const Product& product, const TransposedPanel& wei
       add_few_rows<kRows>(space, weight, depth, begin == 0);
       begin += depth;
     } while (begin < product.depth);
+    if (has_update(product)) add_update<kType, kRows, kVectors>(product, space, col);
     write_tile<kType>(product, space.sums, 0, kRows, col, kCols);
   }
 }
@@ -143,14 +169,14 @@ __attribute__((noinline)) void add_few_rows(const FewRowsSpace& space, const Pan
 
 template <qlora_dtype kType, int kRows>
 inline void multiply_few_rows(const Product& product, const Panel& panel) {
-  constexpr int kCols = kFewVectors<kRows> * kWidth;
+  constexpr int kVectors = kFewVectors<kRows>, kCols = kVectors * kWidth;
   const FewRowsSpace space = few_rows_space();
   const bool has_one_scale = values_per_scale(panel.weight) >= kCols;
   for (int64_t col = product.begin / kCols * kCols; col < product.end; col += kCols) {
     int64_t begin = 0;
     do {
       const int64_t depth = smaller(kDepth, product.depth - begin);
-      load_few_rows<kType, kRows>(product, begin, depth, space.input);
+      load_few_rows<kType, kRows>(product.input, product.depth, begin, depth, space.input);
       if (has_one_scale) {
         add_few_rows<kRows, true>(space, panel, col, begin, depth, begin == 0);
       } else {
@@ -158,6 +184,7 @@ inline void multiply_few_rows(const Product& product, const Panel& panel) {
       }
       begin += depth;
     } while (begin < product.depth);
+    if (has_update(product)) add_update<kType, kRows, kVectors>(product, space, col);
     write_tile<kType>(product, space.sums, 0, kRows, col, kCols);
   }
 }

@@ -1,4 +1,5 @@
-// output [m, cols] = input [m, depth] B [depth, cols] + bias, where B is decoded from 4 bits panel by panel.
+// output [m, cols] = input [m, depth] B [depth, cols] + left [m, rank] R [rank, cols] + bias, where B is decoded from 4
+// bits panel by panel, and left R is the update of a LoRA adapter, if there is one.
 //
 //   for each strip of kMaxCols columns, and of at most kMaxRows rows:
 //     for each kDepth of the depth:
@@ -8,10 +9,12 @@
 //         for each panel of the input: the register tile [kTileRows, kTileCols] } registers
 //
 // So a weight is decoded once for kMaxRows rows of the input, and the sums of a strip wait in scratch between depths.
-// An output is the sum, over chunks of kDepth in ascending order, of each chunk's sum in ascending order. Neither the
+// An output is the sum, over chunks of kDepth in ascending order, of each chunk's sum in ascending order; the update is
+// one more chunk, the last. Neither the
 // range of columns nor the other rows of the input change it.
 #pragma once
 
+#include "core/low_rank.h"
 #include "cpu/scratch.h"
 #include "cpu/values.h"
 
@@ -23,6 +26,12 @@ constexpr int kDepth = 256;
 constexpr int kMaxRows = 240;
 constexpr int kMaxCols = 256;
 static_assert(kMaxRows % kTileRows == 0 && kMaxCols % kTileCols == 0 && kTileRows <= kWidth);
+static_assert(kMaxRank <= kDepth);
+
+struct Update {
+  LowRank low_rank;
+  bool is_transposed;  // right is [cols, rank], else [rank, cols]
+};
 
 struct Product {
   const void* input;  // [m, depth]
@@ -33,7 +42,31 @@ struct Product {
   const void* bias;  // [cols] or null
   int64_t begin;     // Only columns [begin, end) of the output are written.
   int64_t end;
+  Update update;
 };
+
+inline bool has_update(const Product& product) { return product.update.low_rank.rank > 0; }
+
+// panel [rank, kCols] = R[:, col:col + kCols], zeros past the last column.
+template <int kCols>
+inline void load_right(const Product& product, int64_t col, float* panel) {
+  const LowRank& term = product.update.low_rank;
+  const int64_t count = smaller(kCols, product.cols - col);
+  with_dtype(term.right_dtype, [&](auto type) {
+    constexpr qlora_dtype kType = decltype(type)::value;
+    for (int64_t d = 0; d < term.rank; ++d) {
+      float* row = panel + d * kCols;
+      for (int64_t c = count; c < kCols; ++c) row[c] = 0.0f;
+      for (int64_t c = 0; c < count; c += product.update.is_transposed ? 1 : kWidth) {
+        if (product.update.is_transposed) {
+          row[c] = load_one<kType>(term.right, (col + c) * term.rank + d);
+        } else {
+          load_to<kType>(term.right, d * product.cols + col + c, smaller(kWidth, count - c), row + c);
+        }
+      }
+    }
+  });
+}
 
 // Where each piece of a thread's scratch lies.
 struct Workspace {
@@ -89,18 +122,19 @@ inline void multiply_tile_of(int64_t rows, const float* input, const float* pane
 // packed [ceil(rows / kTileRows), depth, kTileRows] = input rows [row, row + rows), columns [begin, begin + depth) as
 // fp32. Full vectors are stored where kTileRows lanes are meant: the next store overwrites the rest.
 template <qlora_dtype kType>
-inline void pack_input(const Product& product, int64_t row, int64_t rows, int64_t begin, int64_t depth, float* packed) {
+inline void pack_input(const void* input, int64_t row_length, int64_t row, int64_t rows, int64_t begin, int64_t depth,
+                       float* packed) {
   for (int64_t first = 0; first < rows; first += kTileRows) {
     const int64_t valid = smaller(kTileRows, rows - first);
-    const int64_t start = (row + first) * product.depth + begin;
+    const int64_t start = (row + first) * row_length + begin;
     for (int64_t d = 0; d < depth; d += kWidth) {
       const int64_t count = smaller(kWidth, depth - d);
       Floats block[kWidth];
       for (int r = 0; r < kWidth; ++r) {
-        const int64_t from = start + r * product.depth + d;
+        const int64_t from = start + r * row_length + d;
         block[r] = r >= valid        ? broadcast(0.0f)
-                   : count == kWidth ? load_as<kType>(product.input, from)
-                                     : load_partial_as<kType>(product.input, from, count);
+                   : count == kWidth ? load_as<kType>(input, from)
+                                     : load_partial_as<kType>(input, from, count);
       }
       transpose(block);
       float* to = packed + first * depth + d * kTileRows;
@@ -138,6 +172,20 @@ inline void write_tile(const Product& product, const float* sums, int64_t row, i
   }
 }
 
+// sums [kMaxCols / kTileCols, rows, kTileCols] of a strip (+)= packed input times the panels that decode(col) makes.
+template <class Decode>
+inline void multiply_strip(const Workspace& space, int64_t rows, int64_t rows_each, int64_t col, int64_t col_end,
+                           int64_t depth, bool is_first, Decode decode) {
+  for (int64_t c = col; c < col_end; c += kTileCols) {
+    decode(c);
+    float* sums = space.sums + (c - col) * rows_each;
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      multiply_tile_of<>(smaller(kTileRows, rows - r), space.input + r * depth, space.panel, depth, is_first,
+                         sums + r * kTileCols);
+    }
+  }
+}
+
 // decode(col, begin, depth, rows, panel): panel [depth, kTileCols] = B[begin:begin + depth, col:col + kTileCols], where
 // col is a multiple of kTileCols; columns past the end of B may hold anything finite or not. `rows` is scratch.
 template <qlora_dtype kType, class Decode>
@@ -152,19 +200,20 @@ inline void multiply_all(const Product& product, Decode decode) {
       int64_t begin = 0;
       do {
         const int64_t depth = smaller(kDepth, product.depth - begin);
-        const bool is_last = begin + depth == product.depth;
-        pack_input<kType>(product, row, rows, begin, depth, space.input);
-        for (int64_t c = col; c < col_end; c += kTileCols) {
-          decode(c, begin, depth, space.rows, space.panel);
-          float* sums = space.sums + (c - col) * rows_each;
-          for (int64_t r = 0; r < rows; r += kTileRows) {
-            multiply_tile_of<>(smaller(kTileRows, rows - r), space.input + r * depth, space.panel, depth, begin == 0,
-                               sums + r * kTileCols);
-          }
-          if (is_last) write_tile<kType>(product, sums, row, rows, c, kTileCols);
-        }
+        pack_input<kType>(product.input, product.depth, row, rows, begin, depth, space.input);
+        multiply_strip(space, rows, rows_each, col, col_end, depth, begin == 0,
+                       [&](int64_t c) { decode(c, begin, depth, space.rows, space.panel); });
         begin += depth;
       } while (begin < product.depth);
+      if (has_update(product)) {
+        const LowRank& term = product.update.low_rank;
+        pack_input<kType>(term.left, term.left_stride, row, rows, 0, term.rank, space.input);
+        multiply_strip(space, rows, rows_each, col, col_end, term.rank, false,
+                       [&](int64_t c) { load_right<kTileCols>(product, c, space.panel); });
+      }
+      for (int64_t c = col; c < col_end; c += kTileCols) {
+        write_tile<kType>(product, space.sums + (c - col) * rows_each, row, rows, c, kTileCols);
+      }
     }
   }
 }

@@ -4,9 +4,39 @@
 
 #include <cstdint>
 
+#include "core/low_rank.h"
 #include "qlora/qlora.h"
 
 namespace qlora::cpu {
+
+// output [m, output_stride], columns [0, cols) = scaling input [m, depth] R [depth, cols]; zeros up to output_stride.
+struct AdapterProduct {
+  const void* input;  // of row length input_stride
+  int64_t input_stride;
+  int64_t depth;
+  qlora_dtype dtype;  // of input and output
+  const void* right;  // R, or its transpose [cols, depth]
+  qlora_dtype right_dtype;
+  bool is_right_transposed;
+  float scaling;
+  void* output;
+  int64_t output_stride;
+  int64_t cols;
+};
+
+// output [rank, cols] = left^T x, or its transpose.
+struct AdapterGradient {
+  const void* left;  // [m, left_stride]
+  int64_t left_stride;
+  int64_t rank;
+  const void* x;  // [m, cols]
+  int64_t m;
+  int64_t cols;
+  qlora_dtype dtype;  // of left and x
+  void* output;
+  qlora_dtype output_dtype;
+  bool is_output_transposed;
+};
 
 struct Kernels {
   const char* name;
@@ -22,9 +52,11 @@ struct Kernels {
   void (*embedding)(const int64_t* indices, const qlora_weight_4bit& weight, void* y, qlora_dtype dtype, int64_t begin,
                     int64_t end);
   void (*linear)(const void* x, int64_t m, qlora_dtype dtype, const qlora_weight_4bit& weight, const void* bias,
-                 void* y, int64_t row_begin, int64_t row_end);
-  void (*linear_grad_input)(const void* dy, int64_t m, qlora_dtype dtype, const qlora_weight_4bit& weight, void* dx,
-                            int64_t col_begin, int64_t col_end);
+                 const LowRank& low_rank, void* y, int64_t row_begin, int64_t row_end);
+  void (*linear_grad_input)(const void* dy, int64_t m, qlora_dtype dtype, const qlora_weight_4bit& weight,
+                            const LowRank& low_rank, void* dx, int64_t col_begin, int64_t col_end);
+  void (*adapter_product)(const AdapterProduct& product, int64_t row_begin, int64_t row_end);
+  void (*adapter_gradient)(const AdapterGradient& gradient, int64_t col_begin, int64_t col_end);
 };
 
 extern const Kernels kKernelsPlain;

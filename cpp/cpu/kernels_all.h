@@ -6,13 +6,15 @@
 #include "cpu/embedding.h"
 #include "cpu/kernels.h"
 #include "cpu/linear.h"
+#include "cpu/lora.h"
 #include "cpu/quantize.h"
 
 namespace qlora::cpu::QLORA_LEVEL {
 namespace {
 
 constexpr Kernels all_kernels(const char* name) {
-  return {name, quantize, dequantize, quantize_absmax, dequantize_absmax, embedding, linear, linear_grad_input};
+  return {name,      quantize, dequantize,        quantize_absmax, dequantize_absmax,
+          embedding, linear,   linear_grad_input, adapter_product, adapter_gradient};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// y = x W^T + b and dx = dy W.
+// y = x W^T + b and dx = dy W, each with the update of an adapter where low_rank has a rank.
 #pragma once
 
 #include "cpu/few_rows.h"
@@ -18,13 +18,15 @@ inline void multiply_by(const Product& product, qlora_dtype dtype, const B& b) {
 }
 
 inline void linear(const void* x, int64_t m, qlora_dtype dtype, const qlora_weight_4bit& weight, const void* bias,
-                   void* y, int64_t row_begin, int64_t row_end) {
-  multiply_by({x, m, weight.cols, y, weight.rows, bias, row_begin, row_end}, dtype, TransposedPanel(weight));
+                   const LowRank& low_rank, void* y, int64_t row_begin, int64_t row_end) {
+  multiply_by({x, m, weight.cols, y, weight.rows, bias, row_begin, row_end, {low_rank, true}}, dtype,
+              TransposedPanel(weight));
 }
 
-inline void linear_grad_input(const void* dy, int64_t m, qlora_dtype dtype, const qlora_weight_4bit& weight, void* dx,
-                              int64_t col_begin, int64_t col_end) {
-  multiply_by({dy, m, weight.rows, dx, weight.cols, nullptr, col_begin, col_end}, dtype, Panel(weight));
+inline void linear_grad_input(const void* dy, int64_t m, qlora_dtype dtype, const qlora_weight_4bit& weight,
+                              const LowRank& low_rank, void* dx, int64_t col_begin, int64_t col_end) {
+  multiply_by({dy, m, weight.rows, dx, weight.cols, nullptr, col_begin, col_end, {low_rank, false}}, dtype,
+              Panel(weight));
 }
 
 }  // namespace

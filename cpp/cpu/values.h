@@ -62,6 +62,18 @@ inline void store_partial_as(void* y, int64_t i, Floats values, int64_t count) {
 }
 
 template <qlora_dtype kType>
+inline float load_one(const void* x, int64_t i) {
+  float lanes[kWidth];
+  store(lanes, load_partial_as<kType>(x, i, 1));
+  return lanes[0];
+}
+// to[0, kWidth) = `count` values from element i on, then zeros up to kWidth.
+template <qlora_dtype kType>
+inline void load_to(const void* x, int64_t i, int64_t count, float* to) {
+  store(to, count == kWidth ? load_as<kType>(x, i) : load_partial_as<kType>(x, i, count));
+}
+
+template <qlora_dtype kType>
 struct DType {
   static constexpr qlora_dtype value = kType;
 };

@@ -131,6 +131,98 @@ Tensor linear_4bit_grad_input(Tensor grad_output, Tensor packed, Tensor absmax, 
   return grad_input;
 }
 
+std::tuple<Tensor, Tensor> lora_linear_4bit(Tensor input, Tensor packed, Tensor absmax,
+                                            std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_quant_map,
+                                            std::optional<Tensor> nested_offset, std::optional<Tensor> bias, Tensor a,
+                                            Tensor b, double scaling, std::optional<Tensor> adapter_input, Shape shape,
+                                            int64_t block_size, std::string quant_type) {
+  const char* op = "lora_linear_4bit";
+  check_matrix(op, shape);
+  const Weight weight(op, packed, absmax, nested_absmax, nested_quant_map, nested_offset, shape, block_size, quant_type,
+                      input);
+  const Lora lora(op, a, b, scaling, weight, input);
+  const Rows x(op, "input", input, weight.cols());
+  if (bias) bias = checked(op, "bias", *bias, input.scalar_type(), input, weight.rows());
+  if (adapter_input)
+    adapter_input = checked(op, "adapter_input", *adapter_input, input.scalar_type(), input, input.numel());
+  Tensor output = x.empty_beside(weight.rows());
+  Tensor left = empty_on_device_of(x.values, {x.m, lora.left_stride()}, x.values.scalar_type());
+  const Tensor& narrow_input = adapter_input ? *adapter_input : x.values;
+  const void* x_data = narrow_input.const_data_ptr();
+  void* left_data = left.mutable_data_ptr();
+  const qlora_lora& view = *lora.get();
+  for_units(x.m, lora.rank() * weight.cols(), [&](int64_t begin, int64_t end) {
+    return qlora_adapter_product_cpu(x_data, weight.cols(), x.m, weight.cols(), x.dtype, view.a, view.a_dtype, 1,
+                                     view.scaling, left_data, lora.left_stride(), lora.rank(), begin, end);
+  });
+  if (output.numel() == 0) return {output, left};
+  const void* bias_data = bias ? bias->const_data_ptr() : nullptr;
+  void* y = output.mutable_data_ptr();
+  for_units(weight.rows(), x.m * (weight.cols() + lora.rank()), [&](int64_t begin, int64_t end) {
+    return qlora_lora_linear_4bit_cpu(x.values.const_data_ptr(), x.m, x.dtype, weight.get(), bias_data, &view,
+                                      left_data, y, begin, end);
+  });
+  return {output, left};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_4bit_backward(
+    Tensor grad_output, Tensor adapter_input, Tensor left, Tensor packed, Tensor absmax,
+    std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_quant_map, std::optional<Tensor> nested_offset,
+    Tensor a, Tensor b, double scaling, bool is_separate, bool needs_input, bool needs_adapter_input, bool needs_a,
+    bool needs_b, Shape shape, int64_t block_size, std::string quant_type) {
+  const char* op = "lora_linear_4bit_backward";
+  check_matrix(op, shape);
+  const Weight weight(op, packed, absmax, nested_absmax, nested_quant_map, nested_offset, shape, block_size, quant_type,
+                      grad_output);
+  const Lora lora(op, a, b, scaling, weight, grad_output);
+  const Rows dy(op, "grad_output", grad_output, weight.rows());
+  const ScalarType dtype = grad_output.scalar_type();
+  const Tensor x = checked(op, "adapter_input", adapter_input, dtype, grad_output, dy.m * weight.cols());
+  const Tensor narrow = checked(op, "left", left, dtype, grad_output, dy.m * lora.left_stride());
+  LoraGradients gradients(dy, weight, lora, needs_input, needs_adapter_input, needs_a, needs_b);
+  if (dy.m == 0) return gradients.zeros();
+  const qlora_lora& view = *lora.get();
+  Tensor grad_left = empty_on_device_of(dy.values, {dy.m, lora.left_stride()}, dtype);
+  const void* dy_data = dy.values.const_data_ptr();
+  void* dleft = grad_left.mutable_data_ptr();
+  if (needs_input || needs_adapter_input || needs_a) {
+    for_units(dy.m, lora.rank() * weight.rows(), [&](int64_t begin, int64_t end) {
+      return qlora_adapter_product_cpu(dy_data, weight.rows(), dy.m, weight.rows(), dy.dtype, view.b, view.b_dtype, 0,
+                                       view.scaling, dleft, lora.left_stride(), lora.rank(), begin, end);
+    });
+  }
+  if (needs_input) {
+    void* dx = gradients.input.mutable_data_ptr();
+    for_units(weight.cols(), dy.m * (weight.rows() + lora.rank()), [&](int64_t begin, int64_t end) {
+      return is_separate ? qlora_linear_4bit_grad_input_cpu(dy_data, dy.m, dy.dtype, weight.get(), dx, begin, end)
+                         : qlora_lora_linear_4bit_grad_input_cpu(dy_data, dy.m, dy.dtype, weight.get(), &view, dleft,
+                                                                 dx, begin, end);
+    });
+  }
+  if (needs_adapter_input) {
+    void* dx = gradients.adapter_input.mutable_data_ptr();
+    for_units(dy.m, lora.rank() * weight.cols(), [&](int64_t begin, int64_t end) {
+      return qlora_adapter_product_cpu(dleft, lora.left_stride(), dy.m, lora.rank(), dy.dtype, view.a, view.a_dtype, 0,
+                                       1.0f, dx, weight.cols(), weight.cols(), begin, end);
+    });
+  }
+  if (needs_a) {
+    void* da = gradients.a.mutable_data_ptr();
+    for_units(weight.cols(), dy.m * lora.rank(), [&](int64_t begin, int64_t end) {
+      return qlora_adapter_gradient_cpu(dleft, lora.rank(), x.const_data_ptr(), dy.m, weight.cols(), dy.dtype, da,
+                                        view.a_dtype, 0, begin, end);
+    });
+  }
+  if (needs_b) {
+    void* db = gradients.b.mutable_data_ptr();
+    for_units(weight.rows(), dy.m * lora.rank(), [&](int64_t begin, int64_t end) {
+      return qlora_adapter_gradient_cpu(narrow.const_data_ptr(), lora.rank(), dy_data, dy.m, weight.rows(), dy.dtype,
+                                        db, view.b_dtype, 1, begin, end);
+    });
+  }
+  return gradients.all();
+}
+
 Tensor embedding_4bit(Tensor indices, Tensor packed, Tensor absmax, std::optional<Tensor> nested_absmax,
                       std::optional<Tensor> nested_quant_map, std::optional<Tensor> nested_offset, Shape shape,
                       int64_t block_size, std::string quant_type, ScalarType dtype) {
@@ -158,6 +250,8 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
   m.impl("dequantize_absmax", TORCH_BOX(&dequantize_absmax));
   m.impl("linear_4bit", TORCH_BOX(&linear_4bit));
   m.impl("linear_4bit_grad_input", TORCH_BOX(&linear_4bit_grad_input));
+  m.impl("lora_linear_4bit", TORCH_BOX(&lora_linear_4bit));
+  m.impl("lora_linear_4bit_backward", TORCH_BOX(&lora_linear_4bit_backward));
   m.impl("embedding_4bit", TORCH_BOX(&embedding_4bit));
 }
 

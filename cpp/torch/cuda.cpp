@@ -34,6 +34,16 @@ struct Workspace {
   Workspace(const Weight& weight, const Rows& operand, bool is_grad, bool has_bias, int32_t device) {
     throw_on_failure(qlora_linear_4bit_workspace_size(weight.get(), operand.m, operand.dtype, is_grad ? 1 : 0,
                                                       has_bias ? 1 : 0, device, &size));
+    allocate(operand);
+  }
+  Workspace(const Weight& weight, const Rows& operand, const Lora& lora, bool is_backward, bool has_bias,
+            int32_t device) {
+    throw_on_failure(qlora_lora_linear_4bit_workspace_size(weight.get(), operand.m, operand.dtype, lora.get(),
+                                                           is_backward ? 1 : 0, has_bias ? 1 : 0, device, &size));
+    allocate(operand);
+  }
+
+  void allocate(const Rows& operand) {
     if (size == 0) return;
     kept = empty_on_device_of(operand.values, {size}, ScalarType::Byte);
     data = kept->mutable_data_ptr();
@@ -43,6 +53,12 @@ struct Workspace {
   std::optional<Tensor> kept;
   void* data = nullptr;
 };
+
+// At an address that 16-byte loads take: a copy of a view that begins between two.
+Tensor aligned(const Tensor& tensor) {
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return address % 16 == 0 ? tensor : torch::stable::clone(tensor);
+}
 
 std::tuple<Tensor, Tensor> quantize_4bit(Tensor input, int64_t block_size, std::string quant_type) {
   const char* op = "quantize_4bit";
@@ -147,6 +163,59 @@ Tensor linear_4bit_grad_input(Tensor grad_output, Tensor packed, Tensor absmax, 
   return grad_input;
 }
 
+std::tuple<Tensor, Tensor> lora_linear_4bit(Tensor input, Tensor packed, Tensor absmax,
+                                            std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_quant_map,
+                                            std::optional<Tensor> nested_offset, std::optional<Tensor> bias, Tensor a,
+                                            Tensor b, double scaling, std::optional<Tensor> adapter_input, Shape shape,
+                                            int64_t block_size, std::string quant_type) {
+  const char* op = "lora_linear_4bit";
+  check_matrix(op, shape);
+  const Launch launch(input);
+  const Weight weight(op, packed, absmax, nested_absmax, nested_quant_map, nested_offset, shape, block_size, quant_type,
+                      input);
+  const Lora lora(op, a, b, scaling, weight, input);
+  const Rows x(op, "input", input, weight.cols());
+  if (bias) bias = checked(op, "bias", *bias, input.scalar_type(), input, weight.rows());
+  if (adapter_input)
+    adapter_input = checked(op, "adapter_input", *adapter_input, input.scalar_type(), input, input.numel());
+  Tensor output = x.empty_beside(weight.rows());
+  Tensor left = empty_on_device_of(x.values, {x.m, lora.left_stride()}, x.values.scalar_type());
+  if (x.m == 0) return {output, left};
+  const Workspace workspace(weight, x, lora, false, bias.has_value(), launch.device);
+  throw_on_failure(qlora_lora_linear_4bit_cuda(
+      x.values.const_data_ptr(), adapter_input ? adapter_input->const_data_ptr() : nullptr, x.m, x.dtype, weight.get(),
+      bias ? bias->const_data_ptr() : nullptr, lora.get(), output.mutable_data_ptr(), left.mutable_data_ptr(),
+      workspace.data, workspace.size, launch.device, launch.stream));
+  return {output, left};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_4bit_backward(
+    Tensor grad_output, Tensor adapter_input, Tensor left, Tensor packed, Tensor absmax,
+    std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_quant_map, std::optional<Tensor> nested_offset,
+    Tensor a, Tensor b, double scaling, bool is_separate, bool needs_input, bool needs_adapter_input, bool needs_a,
+    bool needs_b, Shape shape, int64_t block_size, std::string quant_type) {
+  const char* op = "lora_linear_4bit_backward";
+  check_matrix(op, shape);
+  const Launch launch(grad_output);
+  const Weight weight(op, packed, absmax, nested_absmax, nested_quant_map, nested_offset, shape, block_size, quant_type,
+                      grad_output);
+  const Lora lora(op, a, b, scaling, weight, grad_output);
+  const Rows dy(op, "grad_output", grad_output, weight.rows());
+  const ScalarType dtype = grad_output.scalar_type();
+  const Tensor x = checked(op, "adapter_input", adapter_input, dtype, grad_output, dy.m * weight.cols());
+  const Tensor narrow = aligned(checked(op, "left", left, dtype, grad_output, dy.m * lora.left_stride()));
+  LoraGradients gradients(dy, weight, lora, needs_input, needs_adapter_input, needs_a, needs_b);
+  if (dy.m == 0) return gradients.zeros();
+  const auto place = [](Tensor& tensor, bool is_needed) { return is_needed ? tensor.mutable_data_ptr() : nullptr; };
+  const Workspace workspace(weight, dy, lora, true, false, launch.device);
+  throw_on_failure(qlora_lora_linear_4bit_backward_cuda(
+      dy.values.const_data_ptr(), x.const_data_ptr(), narrow.const_data_ptr(), dy.m, dy.dtype, weight.get(), lora.get(),
+      is_separate ? 1 : 0, place(gradients.input, needs_input), place(gradients.adapter_input, needs_adapter_input),
+      place(gradients.a, needs_a), place(gradients.b, needs_b), workspace.data, workspace.size, launch.device,
+      launch.stream));
+  return gradients.all();
+}
+
 Tensor embedding_4bit(Tensor indices, Tensor packed, Tensor absmax, std::optional<Tensor> nested_absmax,
                       std::optional<Tensor> nested_quant_map, std::optional<Tensor> nested_offset, Shape shape,
                       int64_t block_size, std::string quant_type, ScalarType dtype) {
@@ -174,6 +243,8 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CUDA, m) {
   m.impl("dequantize_absmax", TORCH_BOX(&dequantize_absmax));
   m.impl("linear_4bit", TORCH_BOX(&linear_4bit));
   m.impl("linear_4bit_grad_input", TORCH_BOX(&linear_4bit_grad_input));
+  m.impl("lora_linear_4bit", TORCH_BOX(&lora_linear_4bit));
+  m.impl("lora_linear_4bit_backward", TORCH_BOX(&lora_linear_4bit_backward));
   m.impl("embedding_4bit", TORCH_BOX(&embedding_4bit));
 }
 

@@ -39,6 +39,22 @@ STABLE_TORCH_LIBRARY(qlora, m) {
       "linear_4bit_grad_input(Tensor grad_output, Tensor packed, Tensor absmax, Tensor? nested_absmax, "
       "Tensor? nested_quant_map, Tensor? nested_offset, int[] shape, int block_size, str quant_type) -> Tensor");
 
+  // y = x W^T + b + left B^T, left = scaling x' A^T with x' = adapter_input or else x: [..., k] -> [..., n] and left,
+  // [m, rank rounded up to a multiple of 64] of x's dtype, zeros from column rank on. a [rank, k] and b [n, rank] may
+  // be of another dtype.
+  m.def(
+      "lora_linear_4bit(Tensor input, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+      "Tensor? nested_offset, Tensor? bias, Tensor a, Tensor b, float scaling, Tensor? adapter_input, int[] shape, "
+      "int block_size, str quant_type) -> (Tensor, Tensor)");
+
+  // The gradients of lora_linear_4bit towards input, adapter_input, a and b: each of no values where not asked for.
+  // adapter_input is x', which is_separate says to be another tensor than the input.
+  m.def(
+      "lora_linear_4bit_backward(Tensor grad_output, Tensor adapter_input, Tensor left, Tensor packed, Tensor absmax, "
+      "Tensor? nested_absmax, Tensor? nested_quant_map, Tensor? nested_offset, Tensor a, Tensor b, float scaling, "
+      "bool is_separate, bool needs_input, bool needs_adapter_input, bool needs_a, bool needs_b, int[] shape, "
+      "int block_size, str quant_type) -> (Tensor, Tensor, Tensor, Tensor)");
+
   // int64 [...] -> [..., cols] of dtype
   m.def(
       "embedding_4bit(Tensor indices, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "

@@ -11,9 +11,11 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "core/format.h"
+#include "core/low_rank.h"
 #include "qlora/qlora.h"
 
 namespace qlora::torch_ops {
@@ -148,6 +150,63 @@ struct Rows {
   qlora_dtype dtype;
   Shape leading;
   int64_t m = 1;
+};
+
+// A LoRA adapter of a weight, of operator arguments; holds the contiguous tensors that its pointers point into.
+class Lora {
+ public:
+  Lora(const char* op, const Tensor& a, const Tensor& b, double scaling, const Weight& weight, const Tensor& other)
+      : a_(checked(op, "a", a, std::nullopt, other, 0)), b_(checked(op, "b", b, std::nullopt, other, 0)) {
+    const int64_t rank = a.dim() == 2 ? a.size(0) : 0;
+    STD_TORCH_CHECK(rank >= 1 && rank <= kMaxRank && a.size(1) == weight.cols(), "qlora.", op, ": a: expected [rank, ",
+                    weight.cols(), "] with a rank of 1 to ", kMaxRank, ", got ", a.dim(), " sizes and ", a.numel(),
+                    " values");
+    STD_TORCH_CHECK(b.dim() == 2 && b.size(0) == weight.rows() && b.size(1) == rank, "qlora.", op, ": b: expected [",
+                    weight.rows(), ", ", rank, "], got ", b.dim(), " sizes and ", b.numel(), " values");
+    view_ = {a_.const_data_ptr(),
+             b_.const_data_ptr(),
+             dtype_of(op, "a", a.scalar_type()),
+             dtype_of(op, "b", b.scalar_type()),
+             rank,
+             static_cast<float>(scaling)};
+  }
+
+  const qlora_lora* get() const { return &view_; }
+  int64_t rank() const { return view_.rank; }
+  int64_t left_stride() const { return left_columns(view_.rank); }
+  Tensor empty_like_a() const { return empty_on_device_of(a_, sizes_of(a_), a_.scalar_type()); }
+  Tensor empty_like_b() const { return empty_on_device_of(b_, sizes_of(b_), b_.scalar_type()); }
+
+ private:
+  static Shape sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+  Tensor a_;
+  Tensor b_;
+  qlora_lora view_{};
+};
+
+// The results of lora_linear_4bit_backward, uninitialised: of no values where not asked for.
+struct LoraGradients {
+  LoraGradients(const Rows& dy, const Weight& weight, const Lora& lora, bool needs_input, bool needs_adapter_input,
+                bool needs_a, bool needs_b)
+      : input(needs_input ? dy.empty_beside(weight.cols()) : none(dy)),
+        adapter_input(needs_adapter_input ? dy.empty_beside(weight.cols()) : none(dy)),
+        a(needs_a ? lora.empty_like_a() : none(dy)),
+        b(needs_b ? lora.empty_like_b() : none(dy)) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> zeros() {
+    for (Tensor* tensor : {&input, &adapter_input, &a, &b}) torch::stable::zero_(*tensor);
+    return all();
+  }
+  std::tuple<Tensor, Tensor, Tensor, Tensor> all() const { return {input, adapter_input, a, b}; }
+
+  Tensor input;
+  Tensor adapter_input;
+  Tensor a;
+  Tensor b;
+
+ private:
+  static Tensor none(const Rows& dy) { return empty_on_device_of(dy.values, {0}, dy.values.scalar_type()); }
 };
 
 inline void check_matrix(const char* op, const Shape& shape) {

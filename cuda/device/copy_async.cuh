@@ -16,6 +16,13 @@ __device__ __forceinline__ void copy_16_bytes_async(void* shared, const void* gl
   copy_16_bytes_async(shared_address(shared), global);
 }
 
+// The same, or 16 bytes of zeros: then nothing is read of `global`, which must be a valid address all the same.
+__device__ __forceinline__ void copy_16_bytes_or_zeros_async(uint32_t shared, const void* global, bool is_copy) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(is_copy ? 16 : 0)
+               : "memory");
+}
+
 // Both addresses aligned to 4 bytes.
 __device__ __forceinline__ void copy_4_bytes_async(void* shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");

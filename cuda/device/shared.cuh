@@ -21,6 +21,11 @@ __device__ __forceinline__ uint2 load_shared_8_bytes(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ void store_shared_16_bytes(uint32_t address, const uint4& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 __device__ __forceinline__ float load_shared_float(uint32_t address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));

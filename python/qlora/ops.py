@@ -11,7 +11,7 @@ scales are double-quantised (absmax is then uint8):
     shape             the weight's shape, [n, k] for a linear layer
 
 The weight is frozen: nothing here has a gradient towards it. Each op below is wrapper, fake kernel, backward and
-setup_context, in this order. Wrappers raise TypeError (dtype, device, not a tensor) or ValueError (anything else) with
+setup_context, in this order; those with a LoRA adapter are in `lora_ops.py`. Wrappers raise TypeError (dtype, device, not a tensor) or ValueError (anything else) with
 the value that came; they trace under torch.compile(fullgraph=True). Autocast does not touch them: a linear layer
 computes in the dtype of its input.
 """
@@ -30,6 +30,7 @@ from torch import Tensor
 from . import _checks, _library
 from ._checks import FLOATS
 from .format import DEFAULT_BLOCK_SIZE, nested_quant_map, num_blocks, num_nested_blocks, num_packed_bytes
+from .lora_ops import lora_linear_4bit, lora_linear_4bit_backward
 
 _library.load()
 
@@ -39,6 +40,8 @@ __all__ = [
     "embedding_4bit",
     "linear_4bit",
     "linear_4bit_grad_input",
+    "lora_linear_4bit",
+    "lora_linear_4bit_backward",
     "quantize_4bit",
     "quantize_absmax",
 ]

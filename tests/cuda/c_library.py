@@ -25,6 +25,17 @@ class Weight4bit(ctypes.Structure):
     ]
 
 
+class Lora(ctypes.Structure):
+    """qlora_lora."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "b")),
+        *((name, ctypes.c_int) for name in ("a_dtype", "b_dtype")),
+        ("rank", ctypes.c_int64),
+        ("scaling", ctypes.c_float),
+    ]
+
+
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(_library.library_path().with_name("libqlora.so")))
@@ -64,6 +75,18 @@ def workspace_size(
         int(has_bias),
         0,
         ctypes.byref(size),
+    )
+    assert status == OK, last_error()
+    return size.value
+
+
+def lora_workspace_size(
+    weight: Weight4bit, m: int, dtype: torch.dtype, rank: int, *, is_backward: bool = False
+) -> int:
+    size = ctypes.c_int64(-1)
+    status = library().qlora_lora_linear_4bit_workspace_size(
+        *(ctypes.byref(weight), ctypes.c_int64(m), DTYPES[dtype], ctypes.byref(Lora(rank=rank))),
+        *(int(is_backward), 0, 0, ctypes.byref(size)),
     )
     assert status == OK, last_error()
     return size.value

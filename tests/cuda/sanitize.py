@@ -85,6 +85,41 @@ def drive_fused(
             ops.linear_4bit(shifted(x), shifted(packed), scales, shape, **form, **extra)
 
 
+def drive_lora(m: int, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
+    """lora_linear_4bit and its backward; adapters of another dtype; plain and separate; aligned and not."""
+    n, k = shape
+    form = {"block_size": 64, "quant_type": "nf4"}
+    packed, absmax = ops.quantize_4bit(torch.randn(shape, device="cuda"), **form)
+    x, dy = (torch.randn(m, size, device="cuda").to(dtype) for size in (k, n))
+    a, b = torch.randn(rank, k, device="cuda"), torch.randn(n, rank, device="cuda").to(dtype)
+    for change, separate in ((lambda value: value, False), (shifted, True)):
+        weight = (packed, absmax, shape, change(a), change(b), 0.5)
+        other = change(x) if separate else None
+        _, left = ops.lora_linear_4bit(change(x), *weight, **form, adapter_input=other)
+        for needed in (
+            (True, separate, True, True),
+            (False, False, True, False),
+            (False, False, False, True),
+        ):
+            ops.lora_linear_4bit_backward(
+                change(dy), change(x), left, *weight, **form, is_separate=separate, needed=needed
+            )
+
+
+def drive_loras() -> None:
+    os.environ["QLORA_LINEAR_KERNEL"] = "naive"
+    cases = (
+        (130, (264, 520), 16),
+        (70, (40, 300), 33),
+        (20, (133, 71), 7),
+        (65, (300, 264), 256),
+        (1, (1, 1), 1),
+    )
+    for dtype, (m, shape, rank) in itertools.product((torch.bfloat16, torch.float32), cases):
+        drive_lora(m, shape, rank, dtype)
+        torch.cuda.synchronize()
+
+
 def drive_formats() -> None:
     for shape, dtype, quant_type in itertools.product(SHAPES, DTYPES, QUANT_TYPES):
         for block_size in (32, 64, 256, 512, 4096):
@@ -129,6 +164,7 @@ def parts() -> dict[str, Callable[[], None]]:
     return {
         "formats": drive_formats,
         "linears": drive_linears,
+        "lora": drive_loras,
         **{kernel: partial(drive_fused_kernel, kernel) for kernel in kernels},
     }
 

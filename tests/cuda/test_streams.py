@@ -28,8 +28,13 @@ def run_every_kernel(x: Tensor, w: Tensor) -> list[Tensor]:
     codes, *tensors = ops.quantize_absmax(absmax)
     nested = dict(zip(("nested_absmax", "nested_quant_map", "nested_offset"), tensors, strict=True))
     y = ops.linear_4bit(x, packed, codes, tuple(w.shape), **FORM, **nested)
+    a, b = w[:9].float(), w[:, :9].float().contiguous()
+    arguments = (packed, codes, tuple(w.shape), a, b, 0.5)
+    with_lora, left = ops.lora_linear_4bit(x, *arguments, **FORM, **nested)
+    gradients = ops.lora_linear_4bit_backward(y, x, left, *arguments, **FORM, **nested)
     return [
-        *(packed, codes, y),
+        *(packed, codes, y, with_lora, left),
+        *(gradient for gradient in gradients if gradient is not None),
         ops.dequantize_absmax(codes, *tensors),
         ops.dequantize_4bit(packed, codes, tuple(w.shape), **FORM, **nested, dtype=torch.bfloat16),
         ops.linear_4bit_grad_input(y, packed, codes, tuple(w.shape), **FORM, **nested),

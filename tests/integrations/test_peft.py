@@ -148,7 +148,7 @@ def test_autocast_computes_in_its_dtype_and_returns_it(use_dora):
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
-def test_no_activation_is_cast_in_a_bfloat16_layer(adapter_dtype):
+def test_nothing_is_cast_in_a_bfloat16_layer(adapter_dtype):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Casts(TorchDispatchMode):
@@ -166,7 +166,7 @@ def test_no_activation_is_cast_in_a_bfloat16_layer(adapter_dtype):
     layer.to(adapter_dtype)
     with Casts() as casts:
         layer(torch.randn(2, 5, 64, dtype=torch.bfloat16))
-    assert casts.shapes == ([(4, 64), (64, 4)] if adapter_dtype is torch.float32 else [])
+    assert casts.shapes == []
 
 
 def test_dropout_changes_training_only_and_has_the_right_mean():

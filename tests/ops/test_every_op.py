@@ -18,10 +18,19 @@ OPS = (
     "dequantize_absmax",
     "linear_4bit",
     "linear_4bit_grad_input",
+    "lora_linear_4bit",
+    "lora_linear_4bit_backward",
     "embedding_4bit",
 )
 # Sums over k may be split by the thread count or the kernel, but a repeated call takes the same path: bits are equal.
-WITH_SCALES = ("dequantize_4bit", "linear_4bit", "linear_4bit_grad_input", "embedding_4bit")
+WITH_SCALES = (
+    "dequantize_4bit",
+    "linear_4bit",
+    "linear_4bit_grad_input",
+    "lora_linear_4bit",
+    "lora_linear_4bit_backward",
+    "embedding_4bit",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +57,7 @@ def test_list_is_complete() -> None:
 def test_opcheck_passes(name: str, is_nested: bool, device: str) -> None:
     call = make_call(name, device, is_nested=is_nested)
     torch.library.opcheck(call.raw, call.raw_args)
-    if name in ("quantize_4bit", "quantize_absmax", "linear_4bit", "linear_4bit_grad_input"):
+    if name not in ("dequantize_4bit", "dequantize_absmax", "embedding_4bit"):
         first = call.raw_args[0].clone().requires_grad_()
         torch.library.opcheck(call.raw, (first, *call.raw_args[1:]))
 

@@ -71,6 +71,20 @@ typedef struct qlora_weight_4bit {
   qlora_format format;
 } qlora_weight_4bit;
 
+/// Largest rank of a qlora_lora.
+#define QLORA_MAX_RANK 256
+
+/// A LoRA adapter of a linear layer with a weight [n, k]: y gains scaling (x A^T) B^T. Its matrices may be of another
+/// dtype than the activations, and of different ones; in products they are rounded to the dtype of the activations.
+typedef struct qlora_lora {
+  const void* a;        ///< A [rank, k], contiguous.
+  const void* b;        ///< B [n, rank], contiguous.
+  qlora_dtype a_dtype;  ///< Of A and of its gradient.
+  qlora_dtype b_dtype;  ///< Of B and of its gradient.
+  int64_t rank;         ///< 1 to QLORA_MAX_RANK.
+  float scaling;        ///< lora_alpha / rank, or any other number.
+} qlora_lora;
+
 /// The 256-entry code book of double-quantised scales, ascending ("dynamic" signed 8-bit map). Static storage on the
 /// host.
 QLORA_API const float* qlora_nested_code(void);
@@ -196,6 +210,88 @@ QLORA_API qlora_status qlora_linear_4bit_grad_input_cpu(const void* dy, int64_t 
 QLORA_API qlora_status qlora_linear_4bit_grad_input_cuda(const void* dy, int64_t m, qlora_dtype dtype,
                                                          const qlora_weight_4bit* weight, void* dx, void* workspace,
                                                          int64_t workspace_size, int32_t device, qlora_stream stream);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Linear with a LoRA adapter. Forward:
+//   left = scaling x' A^T                       [m, rank]
+//   y    = x W^T + bias + left B^T              [m, n]
+// Backward:
+//   dleft = scaling dy B                        [m, rank]
+//   dx    = dy W + dleft A                      [m, k]   without dleft A where x' is another tensor than x;
+//   dx'   = dleft A                             [m, k]   then this is the gradient of x'
+//   dA    = dleft^T x'                          [rank, k]
+//   dB    = dy^T left                           [n, rank]
+// x' is what the adapter reads: x itself, or a dropout of it. Sums are fp32, each result rounded once (on CUDA, a
+// product W and its update may be rounded one after the other: qlora_explain_linear_4bit's kernels that do not fuse).
+// left and dleft are matrices of `dtype` whose rows are left_columns = rank rounded up to a multiple of 64 values long;
+// those from `rank` on are zeros.
+
+/// \param[in]  x          [m, k] of `dtype`, contiguous.
+/// \param[in]  adapter_x  x' [m, k]; null: x.
+/// \param[in]  bias       [n] of `dtype`, or null.
+/// \param[out] y          [m, n] of `dtype`, contiguous.
+/// \param[out] left       [m, left_columns] of `dtype`, aligned to 16 bytes.
+/// \param[in]  workspace  As for qlora_linear_4bit_cuda; its size from qlora_lora_linear_4bit_workspace_size.
+QLORA_API qlora_status qlora_lora_linear_4bit_cuda(const void* x, const void* adapter_x, int64_t m, qlora_dtype dtype,
+                                                   const qlora_weight_4bit* weight, const void* bias,
+                                                   const qlora_lora* lora, void* y, void* left, void* workspace,
+                                                   int64_t workspace_size, int32_t device, qlora_stream stream);
+
+/// \param[in]  dy             [m, n] of `dtype`, contiguous.
+/// \param[in]  adapter_x      x' [m, k] of `dtype`, contiguous; read for da alone.
+/// \param[in]  left           As the forward pass wrote it; read for db alone.
+/// \param[in]  is_x_separate  Whether x' is another tensor than x.
+/// \param[out] dx             [m, k] of `dtype`, or null.
+/// \param[out] dadapter_x     [m, k] of `dtype`, or null; null where x' is x.
+/// \param[out] da             [rank, k] of lora->a_dtype, or null.
+/// \param[out] db             [n, rank] of lora->b_dtype, or null.
+QLORA_API qlora_status qlora_lora_linear_4bit_backward_cuda(const void* dy, const void* adapter_x, const void* left,
+                                                            int64_t m, qlora_dtype dtype,
+                                                            const qlora_weight_4bit* weight, const qlora_lora* lora,
+                                                            int is_x_separate, void* dx, void* dadapter_x, void* da,
+                                                            void* db, void* workspace, int64_t workspace_size,
+                                                            int32_t device, qlora_stream stream);
+
+/// Beyond what qlora_linear_4bit_workspace_size says for the product with W, the adapter needs at most 32 MiB, and the
+/// backward pass dleft besides: m * left_columns values of `dtype`.
+/// \param[in]  lora  Only rank is read.
+QLORA_API qlora_status qlora_lora_linear_4bit_workspace_size(const qlora_weight_4bit* weight, int64_t m,
+                                                             qlora_dtype dtype, const qlora_lora* lora, int is_backward,
+                                                             int has_bias, int32_t device, int64_t* size);
+
+/// On CPU the same in steps, each over units of its own, for the caller to run in parallel: adapter_product for left or
+/// dleft, then the linear layer or its input gradient, then adapter_gradient.
+///
+/// output = scaling input R [depth, cols], with zeros from column `cols` on: left (R = A^T), dleft (R = B) and dx'
+/// (R = A, with a scaling of 1).
+/// \param[in]  input   [m, depth] of `dtype`, its rows input_stride values apart.
+/// \param[in]  right   R, or with is_right_transposed R^T [cols, depth]; of right_dtype.
+/// \param[out] output  [m, output_stride] of `dtype`.
+/// Units: rows of the output.
+QLORA_API qlora_status qlora_adapter_product_cpu(const void* input, int64_t input_stride, int64_t m, int64_t depth,
+                                                 qlora_dtype dtype, const void* right, qlora_dtype right_dtype,
+                                                 int is_right_transposed, float scaling, void* output,
+                                                 int64_t output_stride, int64_t cols, int64_t row_begin,
+                                                 int64_t row_end);
+/// y = x W^T + bias + left B^T. Only b, b_dtype and rank of `lora` are read. Units: rows of the weight.
+QLORA_API qlora_status qlora_lora_linear_4bit_cpu(const void* x, int64_t m, qlora_dtype dtype,
+                                                  const qlora_weight_4bit* weight, const void* bias,
+                                                  const qlora_lora* lora, const void* left, void* y, int64_t row_begin,
+                                                  int64_t row_end);
+/// dx = dy W + dleft A. Only a, a_dtype and rank of `lora` are read. Units: columns of the weight.
+QLORA_API qlora_status qlora_lora_linear_4bit_grad_input_cpu(const void* dy, int64_t m, qlora_dtype dtype,
+                                                             const qlora_weight_4bit* weight, const qlora_lora* lora,
+                                                             const void* dleft, void* dx, int64_t col_begin,
+                                                             int64_t col_end);
+/// output [rank, cols] = left^T x, or with is_output_transposed [cols, rank]: dA of dleft and x', dB of left and dy.
+/// \param[in]  left    [m, left_columns] of `dtype`.
+/// \param[in]  x       [m, cols] of `dtype`.
+/// \param[out] output  Of output_dtype.
+/// Units: columns of x.
+QLORA_API qlora_status qlora_adapter_gradient_cpu(const void* left, int64_t rank, const void* x, int64_t m,
+                                                  int64_t cols, qlora_dtype dtype, void* output,
+                                                  qlora_dtype output_dtype, int is_output_transposed, int64_t col_begin,
+                                                  int64_t col_end);
 
 /// Embedding: y[i, :] = dequantised row indices[i] of the weight.
 /// \param[in]  indices  [num_indices], each in [0, rows). CPU: an index outside is QLORA_INVALID_ARGUMENT. CUDA: its

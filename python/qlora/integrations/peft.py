@@ -2,9 +2,8 @@
 
 Adapters' dtype. An adapter is created in float32 and stays so (PEFT casts to the base layer's dtype only where that
 is a float; our weights are bytes). Whatever it is kept in, its products run in the dtype of the base layer's output,
-under autocast in autocast's: the matrices are cast on use, the activations never. So a bfloat16 model with float32
-adapters computes in bfloat16 and steps in float32, with two small casts per layer and pass, and an adapter in
-bfloat16 (TRL's choice where a model says `is_loaded_in_4bit`) needs no cast at all.
+under autocast in autocast's. So a bfloat16 model with float32 adapters computes in bfloat16 and steps in float32. The
+operator that multiplies by weight and adapter (`lora_ops.py`) reads the matrices as they are, without copies of them.
 
 Merging. `merge` quantises W + sum of all merged updates once, from the weight as it was before the first merge, and
 keeps that weight: packed bytes and scales, 4.1 bits a value, on `kept_device`. `unmerge` puts it back bit for bit.
@@ -24,6 +23,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import lora_ops
 from ..nn import function
 from ..nn.convert import dequantize_module, is_conv1d
 from ..nn.embedding import Embedding4bit
@@ -206,17 +206,13 @@ class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
             return self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.lora_A]
         if not args and not kwargs and self._is_plain(names):
-            if len(names) == 1 and self._is_fusible(x, names[0]):
-                a: Any = self.lora_A[names[0]].weight
-                b: Any = self.lora_B[names[0]].weight
-                base: Any = self.base_layer
-                fused: Tensor = base.forward_with_lora(x, a, b, self.scaling[names[0]])
-                return fused
-            rows = x.reshape(-1, x.shape[-1])
-            result = self.base_layer(rows)
-            for name in names:
+            fused = self._fused(x, names)
+            rest = [name for name in names if name not in fused]
+            rows = x.reshape(-1, x.shape[-1]) if rest else x
+            result = self._multiplied(rows, fused) if fused else self.base_layer(rows)
+            for name in rest:
                 result = self._add_update(result, rows, name)
-            return result.view(*x.shape[:-1], result.shape[-1])
+            return result.view(*x.shape[:-1], result.shape[-1]) if rest else result
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for name in names:
@@ -237,18 +233,49 @@ class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
                 return False
         return True
 
-    def _is_fusible(self, x: Tensor, name: str) -> bool:
-        """Whether base layer and adapter multiply the same values in the same dtype, so that one call serves both."""
+    def _fused(self, x: Tensor, names: list[str]) -> list[str]:
+        """The adapters that one call with the base layer serves: all that read x itself, or else the first of the rest.
+
+        They and the base layer multiply in the same dtype.
+        """
         base: Any = self.base_layer
         if type(base).forward is not Linear4bit.forward or "forward" in base.__dict__:
-            return False
-        dropout: Any = self.lora_dropout[name]
-        if not isinstance(dropout, nn.Identity) and dropout.training and dropout.p > 0:
-            return False
-        if isinstance(self.scaling[name], Tensor) or self.lora_B[name].bias is not None:
-            return False
+            return []
         compute_dtype, result_dtype = base.dtypes(x)
-        return bool(compute_dtype == result_dtype == _product_dtype(x))
+        if not compute_dtype == result_dtype == _product_dtype(x):
+            return []
+        served = [
+            name
+            for name in names
+            if not isinstance(self.scaling[name], Tensor) and self.lora_B[name].bias is None
+        ]
+        undropped = [name for name in served if not self._drops(name)]
+        rank = sum(self._matrices(name)[0].shape[0] for name in undropped)
+        return undropped if undropped and rank <= lora_ops.MAX_RANK else served[:1]
+
+    def _drops(self, name: str) -> bool:
+        dropout: Any = self.lora_dropout[name]
+        return not isinstance(dropout, nn.Identity) and dropout.training and dropout.p > 0
+
+    def _multiplied(self, x: Tensor, names: list[str]) -> Tensor:
+        """The base layer's result with the updates of these adapters, in one call; `_fused` says which it may be."""
+        base: Any = self.base_layer
+        first = names[0]
+        a, b = self._matrices(first)
+        scaling = self.scaling[first]
+        if len(names) > 1:
+            matrices = [self._matrices(name) for name in names]
+            a = torch.cat([a for a, _ in matrices])
+            scaled = [b * self.scaling[name] for name, (_, b) in zip(names, matrices, strict=True)]
+            b, scaling = torch.cat(scaled, dim=1), 1.0
+        dropped = self.lora_dropout[first](x) if self._drops(first) else None
+        result: Tensor = base.forward_with_lora(x, a, b, scaling, dropped)
+        return result
+
+    def _matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        a: Any = self.lora_A[name].weight
+        b: Any = self.lora_B[name].weight
+        return a, b
 
     def _add_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         """result + the adapter's update, in place where the dtypes allow: [rows, n] and [rows, k]."""

@@ -1,9 +1,8 @@
 """The 4-bit linear layer of eager mode, alone and with a LoRA update, each as one node of the autograd graph.
 
-An operator with a Python autograd formula (`ops.py`) passes through Python layers of torch.library at every call, and
-LoRA around it makes five more nodes. A training step over a few thousand tokens waits for that. Here one
-torch.autograd.Function stands for all of it; it calls the operators below their autograd keys. torch.compile traces the
-operators instead.
+An operator with a Python autograd formula (`ops.py`, `lora_ops.py`) passes through Python layers of torch.library at
+every call. A training step over a few thousand tokens waits for that. Here one torch.autograd.Function stands for it; it
+calls the operators below their autograd keys. torch.compile traces the operators instead.
 
 The weight is frozen, so it is held by reference and not through save_for_backward: under activation checkpointing every
 saved tensor costs two calls of a Python hook.
@@ -17,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops  # noqa: F401  registers the operators
+from .. import lora_ops
+from .._checks import FLOATS
 from .quant_state import QuantState, scale_operands
 
 _linear_4bit = torch.ops.qlora.linear_4bit.default
 _linear_4bit_grad_input = torch.ops.qlora.linear_4bit_grad_input.default
+_lora_linear_4bit = torch.ops.qlora.lora_linear_4bit.default
 
 
 def linear(x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
@@ -36,24 +37,40 @@ def linear(x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) ->
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    state: QuantState,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    adapter_input: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scaling (x A^T) B^T: [..., k] -> [..., n]; a [r, k], b [n, r], all of x's dtype."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """y = x W^T + bias + scaling (x' A^T) B^T: [..., k] -> [..., n] of x's dtype, in which bias [n] is.
+
+    a [r, k] and b [n, r] may be of another float dtype; x' is adapter_input, of x's shape and dtype, or else x.
+    """
+    if torch._C._are_functorch_transforms_active() or not _is_served(a, b):
         rows = x.reshape(-1, x.shape[-1])
+        narrow = rows if adapter_input is None else adapter_input.reshape(rows.shape)
         with _no_autocast_from(x):
-            result = add_low_rank(_forward(rows, weight, state, bias), rows @ a.t(), b, scaling)
+            low = narrow @ a.to(x.dtype).t()
+            result = add_low_rank(linear(rows, weight, state, bias), low, b.to(x.dtype), scaling)
         return result.view(*x.shape[:-1], result.shape[-1])
-    fused: Tensor = _LoraLinear.apply(x, weight, state, bias, a, b, scaling)
+    if torch.compiler.is_compiling():
+        return _lora_forward(x, weight, state, bias, a, b, scaling, adapter_input)[0]
+    fused: Tensor = _LoraLinear.apply(x, weight, state, bias, a, b, scaling, adapter_input)
     return fused
 
 
 def add_low_rank(result: Tensor, low: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """result + scaling * low B^T, written into `result` [rows, n]; low [rows, r], b [n, r].
-
-    The one place where an update is added, hence where a fused kernel goes.
-    """
+    """result + scaling * low B^T, written into `result` [rows, n]; low [rows, r], b [n, r]. For what no operator serves."""
     return result.addmm_(low, b.t(), alpha=scaling)
+
+
+def _is_served(a: Tensor, b: Tensor) -> bool:
+    """Whether the operator takes an adapter of these matrices."""
+    return a.shape[0] <= lora_ops.MAX_RANK and a.dtype in FLOATS and b.dtype in FLOATS
 
 
 def _no_autocast_from(x: Tensor) -> AbstractContextManager[Any]:
@@ -70,6 +87,25 @@ def _forward(x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) 
             x, weight, *scale_operands(state), bias, state.shape, state.blocksize, state.quant_type
         )
     return result
+
+
+def _lora_forward(
+    x: Tensor,
+    weight: Tensor,
+    state: QuantState,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    adapter_input: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The result and `left`."""
+    form = (state.shape, state.blocksize, state.quant_type)
+    with torch._C.DisableTorchFunctionSubclass():
+        result, left = _lora_linear_4bit(
+            x, weight, *scale_operands(state), bias, a, b, scaling, adapter_input, *form
+        )
+    return result, left
 
 
 def _grad_input(grad: Tensor, weight: Tensor, state: QuantState) -> Tensor:
@@ -114,35 +150,30 @@ class _LoraLinear(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scaling: float,
+        adapter_input: Tensor | None,
     ) -> Tensor:
-        # The result itself is returned, not a view of it: torch refuses to write to views that a Function makes.
-        with torch._C._AutoDispatchBelowAutograd(), _no_autocast_from(x):
-            result = _forward(x, weight, state, bias)
-            low = x.reshape(-1, x.shape[-1]).mm(a.t())
-            add_low_rank(result.view(-1, result.shape[-1]), low, b, scaling)
+        with torch._C._AutoDispatchBelowAutograd():
+            result, left = _lora_forward(x, weight, state, bias, a, b, scaling, adapter_input)
         ctx.weight, ctx.state, ctx.scaling = weight, state, scaling
-        ctx.save_for_backward(x, a, b, low)
+        ctx.is_separate = adapter_input is not None
+        ctx.save_for_backward(x if adapter_input is None else adapter_input, left, a, b)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, low = ctx.saved_tensors
-        needs_x, _, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
-        dx = dbias = da = db = None
-        with _no_autocast_from(x):
-            dy = grad.reshape(-1, grad.shape[-1])
-            rows = x.reshape(-1, x.shape[-1])
-            if torch.is_grad_enabled():
-                # For a graph of this pass `low` has to be a function of x and a, which what was kept is not.
-                low = rows.mm(a.t())
-            # With beta=0 the first operand only gives the shape: a product, scaled before it is rounded.
-            dlow = torch.addmm(low, dy, b, beta=0, alpha=ctx.scaling) if needs_x or needs_a else low
-            if needs_x:
-                dx = _grad_input(dy, ctx.weight, ctx.state).addmm_(dlow, a).view(x.shape)
-            if needs_a:
-                da = dlow.t().mm(rows)
-            if needs_b:
-                db = torch.addmm(b, dy.t(), low, beta=0, alpha=ctx.scaling)
-            if needs_bias:
-                dbias = dy.sum(0)
-        return dx, None, None, dbias, da, db, None
+        x, left, a, b = ctx.saved_tensors
+        needs_x, _, _, needs_bias, needs_a, needs_b, _, needs_adapter_input = ctx.needs_input_grad
+        state = ctx.state
+        below = nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
+        with torch._C.DisableTorchFunctionSubclass(), _no_autocast_from(x), below:
+            dx, dadapter_input, da, db = lora_ops.gradients_of(
+                grad,
+                *(x, left, a, b),
+                (ctx.weight, *scale_operands(state)),
+                ctx.scaling,
+                (state.shape, state.blocksize, state.quant_type),
+                is_separate=ctx.is_separate,
+                needed=(needs_x, needs_adapter_input, needs_a, needs_b),
+            )
+            dbias = grad.sum_to_size(grad.shape[-1:]) if needs_bias else None
+        return dx, None, None, dbias, da, db, None, dadapter_input

@@ -70,13 +70,18 @@ class Linear4bit(Module4bit, torch.nn.Linear):  # type: ignore[misc]  # weight i
         result = function.linear(x, self.weight, state, bias)
         return result if compute_dtype == result_dtype else result.to(result_dtype)
 
-    def forward_with_lora(self, input: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        """forward(input) + scaling (input A^T) B^T, products in the compute dtype: a [r, k], b [n, r] of any float."""
+    def forward_with_lora(
+        self, input: Tensor, a: Tensor, b: Tensor, scaling: float, adapter_input: Tensor | None = None
+    ) -> Tensor:
+        """forward(input) + scaling (x' A^T) B^T, products in the compute dtype: a [r, k], b [n, r] of any float.
+
+        x' is adapter_input, of the shape of input, or else input itself.
+        """
         compute_dtype, result_dtype = self.dtypes(input)
         x, state, bias = self._operands(input, compute_dtype)
-        result = function.lora_linear(
-            x, self.weight, state, bias, a.to(compute_dtype), b.to(compute_dtype), scaling
-        )
+        if adapter_input is not None:
+            adapter_input = adapter_input.to(compute_dtype)
+        result = function.lora_linear(x, self.weight, state, bias, a, b, scaling, adapter_input)
         return result if compute_dtype == result_dtype else result.to(result_dtype)
 
     def dtypes(self, input: Tensor) -> tuple[torch.dtype, torch.dtype]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,6 +158,23 @@ def make_call(name: str, device: str, *, is_nested: bool = True, dtype: torch.dt
         return _with_weight(
             ops.linear_4bit_grad_input, weight, dy, queue.linear_4bit_grad_input.default, raw_args
         )
+    if name == "lora_linear_4bit":
+        x, dropped = (randn(3, 4, 70, seed=seed, dtype=dtype, device=device) for seed in (5, 9))
+        bias = randn(37, seed=6, dtype=dtype, device=device)
+        a, b = lora(37, 70, 5, device=device)
+        raw_args = (x, *weight.tensors, bias, a, b, 0.5, dropped, weight.shape, *form)
+        more = {"a": a, "b": b, "scaling": 0.5, "bias": bias, "adapter_input": dropped}
+        return _with_weight(ops.lora_linear_4bit, weight, x, queue.lora_linear_4bit.default, raw_args, **more)
+    if name == "lora_linear_4bit_backward":
+        dy = randn(3, 4, 37, seed=5, dtype=dtype, device=device)
+        x = randn(3, 4, 70, seed=6, dtype=dtype, device=device)
+        a, b = lora(37, 70, 5, device=device)
+        left = torch.nn.functional.pad(randn(12, 5, seed=7, dtype=dtype, device=device), (0, 59))
+        needed = (True, True, True, True)
+        raw_args = (dy, x, left, *weight.tensors, a, b, 0.5, True, *needed, weight.shape, *form)
+        more = {"a": a, "b": b, "scaling": 0.5, "is_separate": True, "needed": needed}
+        raw = queue.lora_linear_4bit_backward.default
+        return _with_weight(partial(_lora_backward, x, left), weight, dy, raw, raw_args, **more)
     if name == "embedding_4bit":
         indices = torch.tensor([[0, 36, 5], [5, 1, 2]], device=device)
         raw_args = (indices, *weight.tensors, weight.shape, *form, dtype)
@@ -164,6 +182,16 @@ def make_call(name: str, device: str, *, is_nested: bool = True, dtype: torch.dt
             ops.embedding_4bit, weight, indices, queue.embedding_4bit.default, raw_args, dtype=dtype
         )
     raise ValueError(name)
+
+
+def lora(n: int, k: int, rank: int, *, device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """a [rank, k] and b [n, rank] of an adapter, of dtype."""
+    a = randn(rank, k, seed=7, dtype=dtype, device=device)
+    return [a, randn(n, rank, seed=8, dtype=dtype, device=device)]
+
+
+def _lora_backward(x: Tensor, left: Tensor, dy: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return ops.lora_linear_4bit_backward(dy, x, left, *args, **kwargs)
 
 
 def as_tuple(output: Any) -> tuple[Tensor, ...]:

@@ -1,0 +1,63 @@
+// The narrow products of a LoRA adapter, each asynchronous on `stream` of the current device, which is `device`.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "core/gemm.h"
+#include "cuda/device_guard.h"
+
+namespace qlora {
+
+// A matrix of an adapter as S [rank, cols]: A as it is, or B [cols, rank] by its columns.
+struct AdapterMatrix {
+  const void* values;
+  qlora_dtype dtype;
+  bool is_by_columns;  // S[j, c] is at c * rank + j, else at j * cols + c
+};
+
+// What one pass over x [m, cols] computes, of either or both:
+//   projection  output [m, left_columns(rank)] = scaling x S^T, with zeros from column `rank` on
+//   gradient    S-shaped = left^T x
+struct AdapterPass {
+  const void* x;
+  int64_t m;  // at least 1
+  int64_t cols;
+  qlora_dtype dtype;  // of x, output and left
+  int64_t rank;
+  // Projection; output null: not asked for.
+  AdapterMatrix matrix;
+  float scaling;
+  void* output;  // aligned to 16 bytes
+  // Gradient; gradient.values null: not asked for.
+  const void* left;  // [m, left_columns(rank)], aligned to 16 bytes
+  AdapterMatrix gradient;
+};
+
+// adapter_pass.cu: sums of a block's columns and rows in workspace, in fp32, then added up in the order of the blocks.
+// The workspace is at most 2 kMaxPartBytes, 256-byte aligned.
+inline constexpr int64_t kMaxPartBytes = 16 << 20;
+int64_t adapter_pass_workspace_size(const AdapterPass& pass, const Device& device);
+void adapter_pass(const AdapterPass& pass, const Device& device, void* workspace, cudaStream_t stream);
+
+// naive.cu: the same in any dtype, a thread an output, without workspace. What serves float32.
+void adapter_pass_naive(const AdapterPass& pass, cudaStream_t stream);
+
+// add_low_rank.cu: output [m, cols] (+)= left [m, rank] S, rounded once more where it is added to what is there.
+struct LowRankSum {
+  const void* left;  // [m, left_columns(rank)], aligned to 16 bytes
+  int64_t m;
+  int64_t cols;
+  qlora_dtype dtype;  // of left and output
+  int64_t rank;
+  AdapterMatrix matrix;
+  void* output;
+  bool is_added;
+};
+void add_low_rank(const LowRankSum& sum, const Device& device, cudaStream_t stream);
+
+// naive.cu: the same in any dtype.
+void add_low_rank_naive(const LowRankSum& sum, cudaStream_t stream);
+
+}  // namespace qlora
