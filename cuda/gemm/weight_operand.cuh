@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/device/matrix_load.cuh"
 #include "cuda/device/numeric.cuh"
 #include "cuda/device/pair_table.cuh"
 #include "cuda/device/shared.cuh"
@@ -58,7 +59,9 @@ class WeightOperand {
   __device__ __forceinline__ WeightOperand(const unsigned char* bytes, const unsigned char* table, int first_row)
       : table_(table),
         row_(keep(shared_address(bytes) + (first_row + row()) * kRowBytes + threadIdx.x % 2 * 8)),
-        swizzle_(keep((threadIdx.x % 4 / 2 ^ row()) * 16)) {}
+        swizzle_(keep((threadIdx.x % 4 / 2 ^ row()) * 16)),
+        values_(keep(shared_address(bytes) + (first_row + value_row()) * kRowBytes)),
+        value_swizzle_(keep((threadIdx.x % 32 / 16 ^ value_row() % 8) * 16)) {}
 
   // First of the lane's two rows of the warp's 16; the other is 8 further. The lanes that load at once, half a warp,
   // have every second row: the swizzle then leads them to different banks.
@@ -98,8 +101,17 @@ class WeightOperand {
     }
   }
 
+  // Of a stage that holds values of 64 columns in 16 bits in place of 256 packed ones.
+  __device__ __forceinline__ void load_values(uint32_t offset, Fragments& a) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) load_matrices(a[j], values_ + offset + ((j * 32) ^ value_swizzle_));
+  }
+
  private:
   static constexpr int kRowBytes = 128;
+
+  // Whose address the lane gives in load_values, of the warp's 16.
+  static __device__ __forceinline__ int value_row() { return dealt_row(threadIdx.x % 8) + threadIdx.x % 16 / 8 * 8; }
 
   // Of the lane's row `h`.
   __device__ __forceinline__ uint2 load(uint32_t offset, int block, int h) const {
@@ -116,6 +128,8 @@ class WeightOperand {
   Table table_;
   uint32_t row_;  // shared address in the first stage
   uint32_t swizzle_;
+  uint32_t values_;
+  uint32_t value_swizzle_;
 };
 
 #endif

@@ -299,6 +299,7 @@ struct Grad {
     dispatch_constant<16, 32, 64, 128, 256>("wide_grad_sm90", tokens_of(m), f);
   }
   static constexpr int kMaxRows = kMaxTokens;
+  static constexpr bool kFusesLowRank = false;
   static int64_t num_part_floats(int64_t m, int64_t width) { return m * width; }
   static void add(const ProductTarget& target, int num_parts, qlora_dtype dtype, const Device& device,
                   cudaStream_t stream) {

@@ -11,6 +11,7 @@
 //
 // Rounding: of products see PairTable, of weights ScaledWeightTable; fp32 sums; y.
 #include "cuda/gemm/add_products.h"
+#include "cuda/gemm/low_rank_operand.cuh"
 #include "cuda/gemm/weight_operand.cuh"
 #include "cuda/gemm/wide_sm90.cuh"
 
@@ -35,6 +36,12 @@ struct ForwardConfig {
 }  // namespace qlora::wide
 
 namespace qlora {
+
+namespace wide {
+template <typename T>
+struct Forward;
+}
+
 namespace {
 
 using namespace wide;
@@ -75,6 +82,7 @@ class ForwardConsumer {
         rings_.release_input(held_input_);
         held_input_ = -1;
       }
+      add_low_rank(item);
       store(item);
     });
     if (!kScalesWeights && warpgroup() == 0) wait_for_turn();
@@ -149,6 +157,22 @@ class ForwardConsumer {
     }
   }
 
+  // The low-rank term, if the item has it: its blocks are not scaled.
+  __device__ __forceinline__ void add_low_rank(const Item<Config>& item) {
+#pragma unroll 1
+    for (int block = 0; block < num_low_blocks<Forward<T>>(arguments_, item.part); ++block) {
+      rings_.wait_for_weight();
+      operand_.load_values(rings_.weight_offset(), a_[0]);
+      start_sums(a_[0], __shfl_sync(0xFFFFFFFFu, rings_.wait_for_input(0), 0));
+      wait_for_products<0>();
+#pragma unroll
+      for (auto& half : sums_) hold_registers(half);
+      rings_.release_input(rings_.input_stage(0));
+      rings_.advance_input(1);
+      rings_.release_weight();
+    }
+  }
+
   __device__ __forceinline__ void start_sums(const Fragments& a, uint32_t x) {
     fence_registers();
 #pragma unroll
@@ -215,6 +239,7 @@ struct Forward {
     dispatch_constant<128, kMaxTokens>("wide_sm90", tokens_of(m), f);
   }
   static constexpr int kMaxRows = 1 << 30;
+  static constexpr bool kFusesLowRank = true;
   static int64_t num_part_floats(int64_t m, int64_t width) { return qlora::num_part_floats(m, width); }
   static void add(const ProductTarget& target, int num_parts, qlora_dtype dtype, const Device& device,
                   cudaStream_t stream) {
@@ -232,6 +257,14 @@ struct Forward {
 
   static __device__ __forceinline__ int box_col(int, int step) { return step * (kStep / 2); }
   static __device__ __forceinline__ int box_row(int first, int) { return first; }
+
+  // The low-rank term's right operand in place of packed bytes, as many of a row.
+  static __device__ __forceinline__ void copy_right(const Arguments& arguments, int first, int block,
+                                                    unsigned char* bytes) {
+    qlora::copy_right<T, kTile, kScaleThreads>(arguments.low_rank, first, arguments.rows, block * kInputDepth,
+                                               arguments.are_right_rows_whole, bytes);
+    fence_shared();
+  }
 
   static __device__ __forceinline__ void copy_plainly(const Arguments& arguments, int first, int step,
                                                       unsigned char* bytes) {

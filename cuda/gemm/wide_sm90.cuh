@@ -8,6 +8,8 @@
 //   input   through a ring of stages of 64 values of depth; the blocks of a cluster, which have neighbouring tiles,
 //           copy a share each to all of them
 //   weight  through a ring of stages of 256 values of depth; the warps that copy its scales decode them
+//   low rank    a low-rank term is more depth at the end, of 64 columns of its left operand for the input and of its
+//           right one in 16 bits for the weight: a stage of either, that holds as many bytes
 //   parts   where tiles are fewer than multiprocessors the depth is split: fp32 parts in the workspace, which
 //           Kind::add adds up in their order
 #pragma once
@@ -59,9 +61,18 @@ struct Arguments {
   int rows;  // of the weight
   int cols;
   int depth;
-  bool is_weight_aligned;   // packed to 16 bytes
-  bool is_input_aligned;    // rows to 16 bytes
-  bool are_scales_aligned;  // 4 scales of a row: 4 or 16 aligned bytes in one nested block
+  LowRank low_rank;
+  int num_low_blocks;         // of kInputDepth columns of its left operand
+  bool are_right_rows_whole;  // 8 values of a row: aligned to their bytes
+  bool is_weight_aligned;     // packed to 16 bytes
+  bool is_input_aligned;      // rows to 16 bytes
+  bool are_scales_aligned;    // 4 scales of a row: 4 or 16 aligned bytes in one nested block
+};
+
+struct Maps {
+  CUtensorMap weight;
+  CUtensorMap input;
+  CUtensorMap left;  // of the low-rank term
 };
 
 inline constexpr int kMaxProductWarps = 8;  // that store the output through shared memory
@@ -165,6 +176,13 @@ __device__ __forceinline__ void for_each_item(const Arguments& arguments, Functi
   }
 }
 
+// Stages of the low-rank term behind those of the steps of a part.
+template <typename Kind>
+__device__ __forceinline__ int num_low_blocks(const Arguments& arguments, int part) {
+  if constexpr (!Kind::kFusesLowRank) return 0;
+  return part == arguments.num_parts - 1 ? arguments.num_low_blocks : 0;
+}
+
 __device__ __noinline__ inline uint4 load_bytes(const void* address, int count) {
   const auto* const bytes = static_cast<const uint8_t*>(address);
   uint32_t words[4] = {};
@@ -216,6 +234,14 @@ __device__ __forceinline__ void copy_scales(const Arguments& arguments, Shared& 
       is_first = false;
       place.advance();
     }
+    if constexpr (Kind::kFusesLowRank) {
+      for (int block = 0; block < num_low_blocks<Kind>(arguments, item.part); ++block) {
+        wait(shared.weight_empty[place.stage()], place.free_parity());
+        Kind::copy_right(arguments, item.first, block, shared.weight[place.stage()].bytes);
+        arrive(shared.weight_full[place.stage()]);
+        place.advance();
+      }
+    }
   });
 }
 
@@ -251,12 +277,17 @@ __device__ __forceinline__ void copy_weight(const Arguments& arguments, const CU
       }
       place.advance();
     }
+    for (int block = 0; block < num_low_blocks<Kind>(arguments, item.part); ++block) {
+      wait(shared.weight_empty[place.stage()], place.free_parity());
+      arrive(shared.weight_full[place.stage()]);
+      place.advance();
+    }
   });
 }
 
 // Warp 2: the input. The 16-byte piece p of token t lies at place p ^ t % 8 of its 128 bytes.
-template <typename Config>
-__device__ __forceinline__ void copy_input(const Arguments& arguments, const CUtensorMap& map, Shared& shared,
+template <typename Config, typename Kind>
+__device__ __forceinline__ void copy_input(const Arguments& arguments, const Maps& maps, Shared& shared,
                                            unsigned char* stages) {
   constexpr int kShare = Config::kTokens / Config::kCluster;  // tokens that this block copies, to all of its cluster
   const int lane = threadIdx.x % 32;
@@ -272,7 +303,7 @@ __device__ __forceinline__ void copy_input(const Arguments& arguments, const CUt
       if (arguments.is_input_aligned) {
         if (lane == 0) {
           arrive_expecting(full, kInputStageBytes<Config>);
-          copy_box(stage + rank * kShare * 128, map, begin, item.token + rank * kShare, full,
+          copy_box(stage + rank * kShare * 128, maps.input, begin, item.token + rank * kShare, full,
                    (1 << Config::kCluster) - 1);
         }
       } else {
@@ -288,6 +319,17 @@ __device__ __forceinline__ void copy_input(const Arguments& arguments, const CUt
         fence_shared();
         __syncwarp();
         if (lane == 0) arrive(full);
+      }
+      place.advance();
+    }
+    for (int block = 0; block < num_low_blocks<Kind>(arguments, item.part); ++block) {
+      unsigned char* const stage = stages + place.stage() * kInputStageBytes<Config>;
+      Barrier& full = shared.input_full[place.stage()];
+      wait(shared.input_empty[place.stage()], place.free_parity());
+      if (lane == 0) {
+        arrive_expecting(full, kInputStageBytes<Config>);
+        copy_box(stage + rank * kShare * 128, maps.left, block * kInputDepth, item.token + rank * kShare, full,
+                 (1 << Config::kCluster) - 1);
       }
       place.advance();
     }
@@ -349,8 +391,7 @@ class Rings {
 
 // The kernel's body.
 template <typename Kind, typename Config, bool kIsNested>
-__device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMap& weight_map,
-                                    const CUtensorMap& input_map, const CodeValues& values) {
+__device__ __forceinline__ void run(const Arguments& arguments, const Maps& maps, const CodeValues& values) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   unsigned char* const table = shared_bytes + (kTableAlignment - shared_address(shared_bytes) % kTableAlignment);
@@ -369,7 +410,7 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
       arrive_at<kThreads<Config>>(kAllThreads);
       if constexpr (kIsCluster) wait_for_cluster();
       cudaGridDependencySynchronize();
-      copy_input<Config>(arguments, input_map, shared, input_stages);
+      copy_input<Config, Kind>(arguments, maps, shared, input_stages);
       __syncwarp();
     } else {
       const bool is_first = threadIdx.x % 32 == 0;
@@ -385,7 +426,7 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
         init_barrier(shared.started, kScaleThreads);
         publish_barriers();
         // All that may be done before the kernels before this one in the stream have ended: they may write the weight.
-        prefetch_weight<Config, Kind>(arguments, weight_map);
+        prefetch_weight<Config, Kind>(arguments, maps.weight);
       }
       __syncwarp();
       if constexpr (kIsCluster) arrive_at_cluster();
@@ -393,7 +434,7 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
       arrive_at<kScaleThreads + 2 * 32>(kCopyWarps);
       arrive_at<kThreads<Config>>(kAllThreads);
       cudaGridDependencySynchronize();
-      if (is_first) copy_weight<Config, Kind>(arguments, weight_map, shared);
+      if (is_first) copy_weight<Config, Kind>(arguments, maps.weight, shared);
       __syncwarp();
       if constexpr (kIsCluster) wait_for_cluster();
     }
@@ -427,16 +468,16 @@ using ScaledWeightTable = std::conditional_t<std::is_same_v<T, __half>, FloatPai
 //   Config<kTokens>, Table<Config>        what is above, and the table that decodes
 //   describe_weight(weight)               the boxes in which the weight is copied
 //   kMaxRows                              of the input
+//   kFusesLowRank, copy_right             of a low-rank term, see copy_scales
 //   tokens_of(m), dispatch_tokens(m, f)   kTokens for m rows of the input
 //   num_part_floats(m, width), add(..)    of a part of the output, and to add the parts up
 //   Scales, Consumer, box_col, box_row, copy_plainly    on the device, see copy_scales and run
 template <typename Kind, typename Config, bool kIsNested>
 __global__ __launch_bounds__(kThreads<Config>, 1) void wide_kernel(const __grid_constant__ Arguments arguments,
-                                                                   const __grid_constant__ CUtensorMap weight_map,
-                                                                   const __grid_constant__ CUtensorMap input_map,
+                                                                   const __grid_constant__ Maps maps,
                                                                    const __grid_constant__ CodeValues values) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  run<Kind, Config, kIsNested>(arguments, weight_map, input_map, values);
+  run<Kind, Config, kIsNested>(arguments, maps, values);
 #else
   __trap();  // supports lets no device here that this was not compiled for.
 #endif
@@ -493,6 +534,14 @@ Arguments arguments_of(const Gemm& problem, const Device& device) {
   arguments.rows = static_cast<int>(weight.rows);
   arguments.cols = static_cast<int>(weight.cols);
   arguments.depth = static_cast<int>(depth_of(problem));
+  if (Kind::kFusesLowRank) {
+    const LowRank& term = problem.low_rank;
+    const int64_t value_bytes = size_of(term.right_dtype);
+    arguments.low_rank = term;
+    arguments.num_low_blocks = static_cast<int>(ceil_div(term.rank, kInputDepth));
+    arguments.are_right_rows_whole =
+        term.rank % 8 == 0 && is_aligned(term.right, std::min<int64_t>(8 * value_bytes, 16));
+  }
   arguments.is_weight_aligned = is_aligned(weight.packed, 16);
   arguments.is_input_aligned = is_aligned(problem.input, 16) && arguments.depth % 8 == 0;
   arguments.are_scales_aligned = weight.block_size == kBlockCols && weight.cols % (4 * kBlockCols) == 0 &&
@@ -502,12 +551,15 @@ Arguments arguments_of(const Gemm& problem, const Device& device) {
 
 // Launches the kernel, and the addition behind it where there are parts.
 template <typename Kind, typename Config, bool kIsNested>
-void launch(const Gemm& problem, const Device& device, const Arguments& arguments, const CUtensorMap& weight_map,
-            const CodeValues& values, cudaStream_t stream) {
+void launch(const Gemm& problem, const Device& device, const Arguments& arguments, Maps maps, const CodeValues& values,
+            cudaStream_t stream) {
   const auto kernel = wide_kernel<Kind, Config, kIsNested>;
-  CUtensorMap input_map = {};
   if (arguments.is_input_aligned) {
-    input_map = describe_matrix(problem.input, 2, 128, problem.m, arguments.depth, Config::kTokens / Config::kCluster);
+    maps.input = describe_matrix(problem.input, 2, 128, problem.m, arguments.depth, Config::kTokens / Config::kCluster);
+  }
+  if (arguments.num_low_blocks > 0) {
+    maps.left = describe_matrix(problem.low_rank.left, 2, 128, problem.m, problem.low_rank.left_stride,
+                                Config::kTokens / Config::kCluster);
   }
   allow_shared_bytes(device, reinterpret_cast<const void*>(kernel), kSharedBytes<Config>);
   const int64_t num_tiles =
@@ -516,7 +568,7 @@ void launch(const Gemm& problem, const Device& device, const Arguments& argument
   const unsigned num_clusters = grid_size(num_items, 1, device.num_multiprocessors / Config::kCluster);
   launch_early("wide_kernel", kernel,
                LaunchShape{num_clusters * Config::kCluster, kThreads<Config>, kSharedBytes<Config>, Config::kCluster},
-               device, stream, arguments, weight_map, input_map, values);
+               device, stream, arguments, maps, values);
   if (arguments.num_parts > 1) Kind::add(arguments.target, arguments.num_parts, problem.dtype, device, stream);
 }
 
@@ -529,14 +581,14 @@ void run_wide(const Gemm& problem, const Device& device, cudaStream_t stream) {
     using T = typename decltype(type)::type;
     if constexpr (!std::is_same_v<T, float>) {
       Arguments arguments = arguments_of<Kind<T>>(problem, device);
-      CUtensorMap weight_map = {};
-      if (arguments.is_weight_aligned) weight_map = Kind<T>::describe_weight(weight);
+      Maps maps = {};
+      if (arguments.is_weight_aligned) maps.weight = Kind<T>::describe_weight(weight);
       dispatch_bool(weight.absmax_codes != nullptr, [&](auto nested) {
         Kind<T>::dispatch_tokens(problem.m, [&](auto tokens) {
           using Config = typename Kind<T>::template Config<tokens()>;
           using Table = typename Kind<T>::template Table<Config>;
           arguments.scale_factor = 1.0f / Table::scale(format);
-          launch<Kind<T>, Config, nested()>(problem, device, arguments, weight_map, Table::values(format), stream);
+          launch<Kind<T>, Config, nested()>(problem, device, arguments, maps, Table::values(format), stream);
         });
       });
     }

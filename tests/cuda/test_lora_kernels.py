@@ -68,6 +68,28 @@ def test_every_linear_kernel_is_followed_by_the_update(m: int) -> None:
     check_lora(case, left, y, case.backward(left))
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="Hopper's"
+)
+@pytest.mark.parametrize("b_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 16, 64, 100, 256])
+@pytest.mark.parametrize(
+    ("m", "shape"), [(3, (264, 1088)), (100, (1000, 320)), (300, (33, 64)), (600, (600, 4096))]
+)
+def test_wide_sm90_sums_the_update_itself(
+    kernel: Callable[..., None], m: int, shape: tuple[int, int], rank: int, b_dtype: torch.dtype
+) -> None:
+    dtypes = (torch.float32, b_dtype)
+    for dtype in (torch.float16, torch.bfloat16):
+        case = Case.random(rank, device="cuda", shape=shape, lead=(m,), dtype=dtype, adapter_dtypes=dtypes)
+        kernel("wide_sm90")
+        y, left = case.forward()
+        moved = replace(case, b=shifted(case.b))
+        assert_bitwise_equal(moved.forward()[0], y)
+        kernel("")
+        check_lora(case, left, y, case.backward(left))
+
+
 @pytest.mark.parametrize("rank", [7, 100])
 @pytest.mark.parametrize("is_separate", [False, True])
 def test_any_address_gives_equal_bits(kernel: Callable[..., None], is_separate: bool, rank: int) -> None:
