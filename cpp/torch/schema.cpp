@@ -34,6 +34,14 @@ STABLE_TORCH_LIBRARY(qlora, m) {
       "linear_4bit(Tensor input, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
       "Tensor? nested_offset, Tensor? bias, int[] shape, int block_size, str quant_type) -> Tensor");
 
+  // y_i = x W_i^T + b_i, weights of `rows[i]` rows that share x: [..., k] -> [..., rows[i]] each. The lists have a
+  // tensor for each weight, but the nested ones none where the scales are plain, and `bias` one for each index in
+  // `biased`.
+  m.def(
+      "linear_4bit_group(Tensor input, Tensor[] packed, Tensor[] absmax, Tensor[] nested_absmax, "
+      "Tensor[] nested_quant_map, Tensor[] nested_offset, Tensor[] bias, int[] biased, int[] rows, int block_size, "
+      "str quant_type) -> Tensor[]");
+
   // dx = dy W: [..., n] -> [..., k]
   m.def(
       "linear_4bit_grad_input(Tensor grad_output, Tensor packed, Tensor absmax, Tensor? nested_absmax, "

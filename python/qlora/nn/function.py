@@ -21,6 +21,7 @@ from .. import ops  # noqa: F401  registers the operators
 from .quant_state import QuantState, scale_operands
 
 _linear_4bit = torch.ops.qlora.linear_4bit.default
+_linear_4bit_group = torch.ops.qlora.linear_4bit_group.default
 _linear_4bit_grad_input = torch.ops.qlora.linear_4bit_grad_input.default
 
 
@@ -28,11 +29,39 @@ def linear(x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) ->
     """y = x W^T + bias: [..., k] -> [..., n] of x's dtype, in which bias [n] is."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _forward(x, weight, state, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if needs_gradient(x) or (bias is not None and needs_gradient(bias)):
         result: Tensor = _Linear.apply(x, weight, state, bias)
         return result
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(x, weight, state, bias)
+
+
+def needs_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def group_linear(x: Tensor, operands: list[tuple[Tensor, QuantState, Tensor | None]]) -> list[Tensor]:
+    """`linear` of x [..., k] with each (weight, state, bias), without a gradient. All states are of one format."""
+    weights, states, biases = zip(*operands, strict=True)
+    scales = [scale_operands(state) for state in states]
+    first = states[0]
+    compiling = torch.compiler.is_compiling()
+    with (
+        torch._C.DisableTorchFunctionSubclass(),
+        nullcontext() if compiling else torch._C._AutoDispatchBelowAutograd(),
+    ):
+        products: list[Tensor] = _linear_4bit_group(
+            x,
+            list(weights),
+            [absmax for absmax, *_ in scales],
+            *([values[i] for values in scales if first.nested] for i in (1, 2, 3)),
+            [bias for bias in biases if bias is not None],
+            [i for i, bias in enumerate(biases) if bias is not None],
+            [state.shape[0] for state in states],
+            first.blocksize,
+            first.quant_type,
+        )
+    return products
 
 
 def lora_linear(
