@@ -118,24 +118,38 @@ torch.library.register_fake("qlora::linear_4bit_group", _linear_4bit_group_fake)
 
 def _linear_4bit_group_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     count = len(ctx.rows)
-    lists = [ctx.saved_tensors[i : i + count] for i in range(0, len(ctx.saved_tensors), count)]
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
+    lists: list[Sequence[Tensor | None]] = [
+        saved[i * count : (i + 1) * count] for i in range(len(saved) // count)
+    ]
     lists += [[None] * count] * (5 - len(lists))
     grad_input = None
     if ctx.needs_input_grad[0]:
         for grad, n, *weight in zip(grads, ctx.rows, *lists, strict=True):
-            shape = (n, ctx.cols)
-            part = _linear_4bit_grad_input(grad, *weight, shape, *ctx.format)
+            part = _linear_4bit_grad_input(grad, *weight, (n, ctx.cols), *ctx.format)
             grad_input = part if grad_input is None else grad_input + part
     grad_biases = [
         grads[i].sum_to_size(grads[i].shape[-1:]) if needed else None
         for i, needed in zip(ctx.biased, ctx.needs_input_grad[6], strict=True)
     ]
     no_weights = [[None] * len(needed) for needed in ctx.needs_input_grad[1:6]]
-    return grad_input, *no_weights, grad_biases, None, None, None, None
+    no_biased = None if ctx.biased else []  # torch takes an empty list for one of tensors
+    return grad_input, *no_weights, grad_biases, no_biased, None, None, None
 
 
 def _linear_4bit_group_setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, packed, absmax, nested_absmax, nested_quant_map, nested_offset, _, ctx.biased, ctx.rows, *ctx.format = inputs
+    (
+        x,
+        packed,
+        absmax,
+        nested_absmax,
+        nested_quant_map,
+        nested_offset,
+        _,
+        ctx.biased,
+        ctx.rows,
+        *ctx.format,
+    ) = inputs
     ctx.cols = x.shape[-1]
     ctx.save_for_backward(*packed, *absmax, *nested_absmax, *nested_quant_map, *nested_offset)
 

@@ -18,6 +18,7 @@ OPS = (
     "dequantize_absmax",
     "linear_4bit",
     "linear_4bit_grad_input",
+    "linear_4bit_group",
     "embedding_4bit",
 )
 # Sums over k may be split by the thread count or the kernel, but a repeated call takes the same path: bits are equal.
@@ -48,7 +49,7 @@ def test_list_is_complete() -> None:
 def test_opcheck_passes(name: str, is_nested: bool, device: str) -> None:
     call = make_call(name, device, is_nested=is_nested)
     torch.library.opcheck(call.raw, call.raw_args)
-    if name in ("quantize_4bit", "quantize_absmax", "linear_4bit", "linear_4bit_grad_input"):
+    if name not in ("dequantize_4bit", "dequantize_absmax", "embedding_4bit"):
         first = call.raw_args[0].clone().requires_grad_()
         torch.library.opcheck(call.raw, (first, *call.raw_args[1:]))
 
@@ -62,7 +63,10 @@ def test_compiles_as_one_graph_with_equal_bits(name: str, device: str) -> None:
     assert_same(compiled(*call.tensors), expected)
 
 
-@pytest.mark.parametrize("name", ["quantize_4bit", "linear_4bit", "linear_4bit_grad_input", "embedding_4bit"])
+@pytest.mark.parametrize(
+    "name",
+    ["quantize_4bit", "linear_4bit", "linear_4bit_grad_input", "linear_4bit_group", "embedding_4bit"],
+)
 def test_compiles_once_for_every_leading_size(name: str, device: str) -> None:
     call = make_call(name, device)
     counter = CompileCounterWithBackend("aot_eager")
