@@ -71,7 +71,10 @@ def linear_4bit_group(
     offsets = []
     for i, n in enumerate(rows):
         member = f"{op}[{i}]"
-        weight = (packed[i], absmax[i], *(values[i] if is_nested else None for values in nested.values()))
+        scales = (
+            (nested_absmax[i], nested_quant_map[i], nested_offset[i]) if is_nested else (None, None, None)
+        )
+        weight: _checks.Weight = (packed[i], absmax[i], *scales)
         shape = (n, input.shape[-1])
         offset = _checks.check_weight(member, input.device, weight, shape, block_size, quant_type)[4]
         if offset is not None:
@@ -133,7 +136,7 @@ def _linear_4bit_group_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...
         for i, needed in zip(ctx.biased, ctx.needs_input_grad[6], strict=True)
     ]
     no_weights = [[None] * len(needed) for needed in ctx.needs_input_grad[1:6]]
-    no_biased = None if ctx.biased else []  # torch takes an empty list for one of tensors
+    no_biased: list[None] | None = None if ctx.biased else []  # torch takes an empty list for one of tensors
     return grad_input, *no_weights, grad_biases, no_biased, None, None, None
 
 

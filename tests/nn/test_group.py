@@ -271,10 +271,6 @@ def _under_a_function_mode(model: Attention) -> None:
         model(randn(2, 128, seed=4))
 
 
-def _under_vmap(model: Attention) -> None:
-    torch.func.vmap(model)(randn(2, 3, 128, seed=4))
-
-
 def _under_autocast(model: Attention) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         model(randn(2, 128, seed=4))
@@ -302,6 +298,18 @@ def test_layers_compute_alone_and_the_group_stays(use: Callable[[Attention], Non
         assert group_of(model).pending is None
         assert not group_of(model).is_off
         assert calls(lambda: model(randn(2, 128, seed=4))) == (1, 0)
+
+
+def test_under_vmap_layers_compute_alone() -> None:
+    model = make_attention()
+    x = randn(2, 3, 128, seed=4)
+    with torch.no_grad():
+        expected = model(x)
+        with CountCalls() as counter:
+            actual = torch.func.vmap(model)(x)
+    assert counter.names[GROUP] == 0
+    assert not group_of(model).is_off
+    torch.testing.assert_close(actual, expected)
 
 
 def test_on_a_device_that_is_not_listed_layers_compute_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ class Group:
             return None
         pending = self.pending
         if pending is None:
-            return self._begin(index, layer, x, state) if _is_small_and_plain(x) else None
+            return self._begin(index, layer, x) if _is_small_and_plain(x) else None
         if pending[0][0] != _context(x)[0]:
             return None
         result = _take(pending, index, layer, x, state, bias)
@@ -77,14 +77,14 @@ class Group:
         self.pending = None if all(part is None for part in parts) else (*pending[:3], parts)
         return result
 
-    def _begin(self, index: int, layer: Linear4bit, x: Tensor, state: QuantState) -> Tensor | None:
+    def _begin(self, index: int, layer: Linear4bit, x: Tensor) -> Tensor | None:
         """Computes the products of all, keeps those of the others and returns the layer's own."""
         layers = [member() for member in self.members]
         if layers[index] is not layer:  # a copy that shares the attributes
             return None
-        operands = []
+        operands: list[tuple[Tensor, QuantState, Tensor | None]] = []
         for other in layers:
-            if other is None or not _is_alike(other, layer, x, state):
+            if other is None or other.quant_state is None or not _is_alike(other, layer, x):
                 return None
             operands.append((other.weight, other.quant_state, other.bias))
         if any(bias is not None and function.needs_gradient(bias) for _, _, bias in operands):
@@ -133,17 +133,19 @@ def _is_small_and_plain(x: Tensor) -> bool:
     return not (is_watched or x.is_inference())
 
 
-def _is_alike(other: Linear4bit, layer: Linear4bit, x: Tensor, state: QuantState) -> bool:
+def _is_alike(other: Linear4bit, layer: Linear4bit, x: Tensor) -> bool:
     """Whether one operator call can serve both layers for x, as each by itself would compute it."""
     if type(other).forward is not type(layer).forward or other.compute_dtype is not layer.compute_dtype:
         return False
-    weight, other_state, bias = other.weight, other.quant_state, other.bias
+    weight, bias, state, other_state = other.weight, other.bias, layer.quant_state, other.quant_state
     # Sharded weights are of another type; weights that are elsewhere until their own call (offload), on another device.
-    if type(weight) is not Params4bit or other_state is None or weight.device != x.device:
+    if type(weight) is not Params4bit or weight.device != x.device or state is None or other_state is None:
         return False
     if bias is not None and bias.dtype != x.dtype:
         return False
-    if not torch.compiler.is_compiling() and weight.is_inference():
+    if not torch.compiler.is_compiling() and (
+        weight.is_inference() or (bias is not None and bias.is_inference())
+    ):
         return False
     return (
         other.in_features == layer.in_features
@@ -162,10 +164,17 @@ def _context(x: Tensor) -> tuple[int, int]:
 
 
 def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Numbers that change with every write; torch.compile has none."""
+    """Numbers that change with every write. torch.compile has none: there a write to the input goes unseen."""
     if torch.compiler.is_compiling():
         return ()
     return tuple(tensor._version for tensor in tensors if tensor is not None)
+
+
+def _base_layer(module: torch.nn.Module | None) -> torch.nn.Module | None:
+    """What PEFT's layers, if any, are wrapped around."""
+    while module is not None and "base_layer" in module._modules:
+        module = module._modules["base_layer"]
+    return module
 
 
 def link_groups(model: torch.nn.Module) -> None:
@@ -179,7 +188,7 @@ def link_groups(model: torch.nn.Module) -> None:
     unlink_groups(model)
     for parent in model.modules():
         for names in SIBLINGS:
-            children = [parent._modules.get(name) for name in names]
+            children = [_base_layer(parent._modules.get(name)) for name in names]
             layers = [
                 child
                 for child in children
