@@ -63,10 +63,10 @@ struct StageScales<true> {
 template <int kTokens, bool kIsNested, int kMembers>
 struct Shared {
   float nested_code[kIsNested ? kMembers : 1][256];
-  float nested_offset[kIsNested ? kMembers : 1];
   StageScales<kIsNested> scales[kWarps][kStages];
   float partial[2][kWarps][kTokens][kPaddedRows];         // sums of the warps, of this tile and of the one before
   float exchange[kTilesPerExchange][kTokens][kTileRows];  // sums of this block, for the cluster
+  float nested_offset[kIsNested ? kMembers : 1];          // of a group
 };
 constexpr int64_t kReservedBytes = 1024;  // that CUDA puts before a block's shared memory
 static_assert(sizeof(Shared<kMaxTokens, false, kMaxMembers>) + kReservedBytes <= kTableAlignment);
