@@ -1,31 +1,11 @@
-// y = x W^T + bias for 1 to 16 rows of x: the weight is read once from HBM, in the order in which it lies there.
-//
-// The weight is the 16-row operand of mma.m16n8k16 and x the 8-column one, so few rows of x waste little; they are
-// dealt as block_product.cuh says.
-//
-//   grid     clusters of `split` blocks, one block a multiprocessor. Clusters take turns at the tiles of 16 rows of W;
-//            a block of a cluster has a range of k, a warp of it kChunks chunks of 256 columns.
-//   group    several W that share x: their tiles are numbered through, each W from a tile of its own on
-//   x        the columns that a warp owns stay in its registers from beginning to end
-//   W        each warp copies its own 16 x 256 pieces, with their scales, through a ring of kStages in shared memory
-//   decode   a packed byte to two values through PairTable, unscaled; the products of a block of 64 are summed in fp32
-//            from zero and then multiplied with the block's scale: 4 FFMA instead of 32 multiplications of weights
-//   sums     warps: through shared memory; blocks of a cluster: through distributed shared memory; in a fixed order
-//
-// Rounding: the table's entries (0.08 % rms for NF4 in bf16, where a weight rounded to bf16 has 0.17 %), fp32 sums, y.
-//
-// Best for 1 to 16 rows. The constants are from sweeps on an H100 (2026-11-24) over 14336 x 4096, 4096 x 14336 and
-// 4096 x 4096: 3 stages of 3 to 5, 16 warps of 8 and 16, a prefetch of 1 tile of 0 to 8.
+// The parts of skinny_sm90.cu's kernel: what a block keeps, the copies of W, its product with x.
 #pragma once
-
-#include <cooperative_groups.h>
 
 #include <cstdint>
 
 #include "core/format.h"
 #include "cuda/device/block_product.cuh"
 #include "cuda/device/copy_async.cuh"
-#include "cuda/device/numeric.cuh"
 #include "cuda/device/pair_table.cuh"
 #include "cuda/device/scales.cuh"
 #include "cuda/device/unaligned.cuh"
@@ -287,142 +267,6 @@ __device__ __forceinline__ void multiply_stage(const unsigned char* weight, cons
     const float scale_high = __shfl_sync(0xFFFFFFFFu, scales[1], b, 4);
     add_block_product<T, kTokens>(low, high, scale_low, scale_high, table, x.words[b], sums);
   }
-}
-
-template <typename T>
-__device__ __forceinline__ void store_output(const Member& member, int m, int token, int row, float sum) {
-  if (row >= member.n || token >= m) return;
-  if (member.bias != nullptr) sum += to_float(static_cast<const T*>(member.bias)[row]);
-  static_cast<T*>(member.y)[int64_t{token} * member.n + row] = from_float<T>(sum);
-}
-
-template <typename T, int kTokens, int kChunks, bool kIsNested, int kMembers>
-__global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_constant__ Arguments<kMembers> arguments,
-                                                             const __grid_constant__ CodeValues values) {
-#if __CUDA_ARCH__ >= 900
-  namespace cg = cooperative_groups;
-  extern __shared__ __align__(128) unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<Shared<kTokens, kIsNested, kMembers>*>(shared_bytes);
-  unsigned char* const table_bytes = shared_bytes + (kTableAlignment - shared_address(shared_bytes) % kTableAlignment);
-  const cg::cluster_group cluster = cg::this_cluster();
-  const int warp = threadIdx.x / 32;
-  const int group = threadIdx.x % 32 / 4;
-  const int i = threadIdx.x % 4;
-  StageWeight* const ring = reinterpret_cast<StageWeight*>(table_bytes + kTableAlignment) + warp * kStages;
-
-  const int split = 1 << arguments.log2_split;
-  const int rank = blockIdx.x & (split - 1);
-  const int cluster_index = blockIdx.x >> arguments.log2_split;
-  const int num_clusters = gridDim.x >> arguments.log2_split;
-  const int num_chunks = arguments.k / kChunkCols;
-  const int chunk_begin = num_chunks * rank >> arguments.log2_split;
-  const int chunk_end = num_chunks * (rank + 1) >> arguments.log2_split;
-
-  const int first_chunk = chunk_begin + warp;
-  Fetcher<kChunks, kIsNested, kMembers> fetcher(arguments, cluster_index, num_clusters, first_chunk, chunk_end);
-  // The next tile into L2, ahead of the copies: more bytes are under way than the ring holds. It is all that may be
-  // done before the kernels before this one in the stream have ended, since they may write the weight.
-  const auto prefetch = [&](int tile) {
-    if (threadIdx.x >= kTileRows) return;
-    const int member = arguments.member_of(tile);
-    const Member& source = arguments.members[member];
-    const int row = arguments.first_row(member, tile) + threadIdx.x;
-    if (row >= source.num_whole_tiles * kTileRows) return;
-    prefetch_to_l2(source.packed + int64_t{row} * (arguments.k / 2) + chunk_begin * kChunkBytes,
-                   (chunk_end - chunk_begin) * kChunkBytes);
-  };
-  prefetch(cluster_index);
-  PairTable<T>::template fill<kThreads>(table_bytes, values);
-  cudaGridDependencySynchronize();
-  // All that is read first is asked for before any of it is waited for.
-  if constexpr (kIsNested) {
-#pragma unroll
-    for (int member = 0; member < kMembers; ++member) {
-      const Scales& scales = arguments.members[member].scales;
-      if (threadIdx.x < 256) {
-        copy_4_bytes_async(&shared.nested_code[member][threadIdx.x], scales.nested_code + threadIdx.x);
-      } else if (kMembers > 1 && threadIdx.x == 256) {
-        copy_4_bytes_async(&shared.nested_offset[member], scales.nested_offset);
-      }
-    }
-  }
-#pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) fetcher.next(step % kChunks, ring[step], shared.scales[warp][step]);
-  Fragments<kTokens> x[kChunks];
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int chunk = first_chunk + c * kWarps;
-    if (chunk < chunk_end) load_x<kTokens>(arguments, chunk * kChunkBlocks, x[c]);
-  }
-  // That of a single weight stays in a register.
-  const float only_offset = kIsNested && kMembers == 1 ? *arguments.members[0].scales.nested_offset : 0.0f;
-  wait_for_copies<kStages - 2>();  // nested_code and nested_offset went with the first
-  __syncthreads();
-  cudaTriggerProgrammaticLaunchCompletion();  // The next kernel may be set up; it waits for this one where it reads.
-
-  const PairTable<T> table(table_bytes);
-  int stage = 0;
-  int turn = 0;
-  for (int tile = cluster_index; tile < arguments.num_tiles; tile += num_clusters, ++turn) {
-    prefetch(tile + num_clusters);
-    const int member = arguments.member_of(tile);
-    const float nested_offset = kIsNested && kMembers > 1 ? shared.nested_offset[member] : only_offset;
-    float sums[kTokens / 8][4] = {};
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      wait_for_copies<kStages - 2>();
-      __syncwarp();  // The stage is there for all lanes, and the one before is read by all.
-      const int free_stage = stage == 0 ? kStages - 1 : stage - 1;
-      fetcher.next((c + kStages - 1) % kChunks, ring[free_stage], shared.scales[warp][free_stage]);
-      if (first_chunk + c * kWarps < chunk_end) {
-        multiply_stage<T, kTokens, kIsNested>(ring[stage], shared.scales[warp][stage], table,
-                                              shared.nested_code[kIsNested ? member : 0], nested_offset,
-                                              arguments.table_scale_inverse, x[c], sums);
-      }
-      stage = stage == kStages - 1 ? 0 : stage + 1;
-    }
-    // Two buffers: a warp that is a tile ahead writes the other one, and waits at the barrier before it is two ahead.
-    auto& partial = shared.partial[turn % 2];
-#pragma unroll
-    for (int q = 0; q < kTokens / 8; ++q) {
-      float (&tokens)[kTokens][kPaddedRows] = partial[warp];
-      tokens[q * 8 + 2 * i][group] = sums[q][0];
-      tokens[q * 8 + 2 * i + 1][group] = sums[q][1];
-      tokens[q * 8 + 2 * i][group + 8] = sums[q][2];
-      tokens[q * 8 + 2 * i + 1][group + 8] = sums[q][3];
-    }
-    __syncthreads();
-    const int slot = turn % kTilesPerExchange;
-    if (static_cast<int>(threadIdx.x) < kTileRows * kTokens) {
-      const int row = threadIdx.x % kTileRows;
-      const int token = threadIdx.x / kTileRows;
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += partial[w][token][row];
-      if (split == 1) {
-        store_output<T>(arguments.members[member], arguments.m, token, arguments.first_row(member, tile) + row, sum);
-      } else {
-        shared.exchange[slot][token][row] = sum;
-      }
-    }
-    if (split > 1 && (slot == kTilesPerExchange - 1 || tile + num_clusters >= arguments.num_tiles)) {
-      cluster.sync();
-      const int num_sums = (slot + 1) * kTileRows * kTokens;
-      for (int index = rank * kThreads + threadIdx.x; index < num_sums; index += split * kThreads) {
-        float sum = 0.0f;
-        for (int r = 0; r < split; ++r) sum += cluster.map_shared_rank(&shared.exchange[0][0][0], r)[index];
-        const int turns_ago = slot - index / (kTileRows * kTokens);
-        const int summed_tile = tile - turns_ago * num_clusters;
-        const int owner = arguments.member_of(summed_tile);
-        const int row = arguments.first_row(owner, summed_tile) + index % kTileRows;
-        store_output<T>(arguments.members[owner], arguments.m, index / kTileRows % kTokens, row, sum);
-      }
-      cluster.sync();
-    }
-  }
-#else
-  __trap();  // See is_compiled_for_sm90.
-#endif
 }
 
 }  // namespace qlora::skinny

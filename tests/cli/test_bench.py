@@ -20,7 +20,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the process of each stack does: an exception that it raises, or the line that it prints; None: it fails."""
     outcomes: dict[str, Any] = {}
 
-    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         outcome = outcomes[command[3]]
         if isinstance(outcome, BaseException):
             raise outcome

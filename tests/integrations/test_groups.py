@@ -13,13 +13,12 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from tiny_models import logits, make_model, saved, tokens
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora
 from assertions import assert_bitwise_equal
+from operator_calls import GROUP, SINGLE, calls
 from qlora.nn import Linear4bit, group, unlink_groups
 
-GROUP, SINGLE = "qlora.linear_4bit_group.default", "qlora.linear_4bit.default"
 LAYERS = 2  # of the tiny models; in each q, k, v and gate, up share an input, o and down have theirs
 
 
@@ -28,25 +27,6 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "DEVICE_TYPES", ("cpu", "cuda"))
     monkeypatch.setattr(group, "MAX_ROWS", 64)  # the tokens of tiny_models and some
     torch._dynamo.reset()
-
-
-class CountCalls(TorchDispatchMode):
-    """Counts operator calls by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def calls(function: Callable[[], Any]) -> tuple[int, int]:
-    """Calls of the group operator and of the single one."""
-    with CountCalls() as counter:
-        function()
-    return counter.names[GROUP], counter.names[SINGLE]
 
 
 def groups(model: torch.nn.Module) -> set[group.Group]:

@@ -7,102 +7,26 @@ import gc
 import io
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from group_cases import Attention, alone, assert_close, group_of, make_attention, unchanged
 from layer_cases import make_linear, randn
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from assertions import assert_bitwise_equal
+from operator_calls import GROUP, CountCalls, calls
 from qlora import QuantConfig
 from qlora.nn import Linear4bit, dequantize_, group, link_groups, quantize_, unlink_groups
-
-GROUP, SINGLE = "qlora.linear_4bit_group.default", "qlora.linear_4bit.default"
-
-
-def unchanged(x: Tensor) -> Tensor:
-    return x
-
-
-class Attention(nn.Module):
-    """Query, key without a bias, value; `change` is called between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = make_linear(128, 96, seed=1)
-        self.k_proj = make_linear(128, 32, seed=2, bias=False)
-        self.v_proj = make_linear(128, 40, seed=3)
-        self.change: Callable[[Tensor], Tensor] = unchanged
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.q_proj(x)
-        x = self.change(x)
-        return torch.cat([q, self.k_proj(x), self.v_proj(x)], -1)
 
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "DEVICE_TYPES", ("cpu", "cuda"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> None:
-    torch._dynamo.reset()
-
-
-def make_attention(device: str = "cpu", **config: Any) -> Attention:
-    """Layers that compute in the dtype of their input."""
-    model = quantize_(Attention(), QuantConfig(**config), device=device)
-    assert isinstance(model, Attention)
-    for layer in (model.q_proj, model.k_proj, model.v_proj):
-        layer.compute_dtype = None
-    return model
-
-
-class CountCalls(TorchDispatchMode):
-    """Counts operator calls by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def calls(function: Callable[[], Any]) -> tuple[int, int]:
-    """Calls of the group operator and of the single one."""
-    with CountCalls() as counter:
-        function()
-    return counter.names[GROUP], counter.names[SINGLE]
-
-
-def group_of(model: Attention) -> group.Group:
-    assert model.q_proj._group is not None
-    return model.q_proj._group[0]
-
-
-def alone(model: Attention, x: Tensor) -> Tensor:
-    """What the layers make of x each by itself."""
-    copied = copy.deepcopy(model)
-    assert copied.q_proj._group is None
-    with torch.no_grad():
-        return copied(x)
-
-
-def assert_close(actual: Tensor, expected: Tensor, device: str) -> None:
-    """The same bits on the CPU; on a GPU a group may add up k in other parts."""
-    if device == "cpu":
-        assert_bitwise_equal(actual, expected)
-    else:
-        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 @contextmanager
@@ -457,71 +381,6 @@ def test_a_cuda_graph_replays_the_group_on_new_inputs() -> None:
         graph.replay()
         torch.cuda.synchronize()
     assert_bitwise_equal(output, expected)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-def _names(graph: torch.fx.GraphModule) -> Counter[str]:
-    return Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-
-
-def test_compiles_to_one_node_in_one_graph_that_is_not_compiled_again(device: str) -> None:
-    model = make_attention(device)
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    with torch.no_grad():
-        for seed in range(3):
-            x = randn(2, 128, seed=seed, device=device)
-            assert_close(compiled(x), alone(model, x), device)
-            assert_close(model(x), alone(model, x), device)  # eager calls in between
-    assert len(graphs) == 1
-    names = _names(graphs[0])
-    assert (names[GROUP], names[SINGLE]) == (1, 0)
-    assert not torch._dynamo.utils.counters["graph_break"]
-    assert group_of(model).pending is None
-
-
-def test_compiles_for_training_to_single_nodes() -> None:
-    model = make_attention()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = randn(2, 128, seed=4).requires_grad_()
-    compiled(x).sum().backward()
-    actual, x.grad = x.grad, None
-    unlink_groups(model)
-    model(x).sum().backward()
-    assert actual is not None
-    assert_bitwise_equal(actual, x.grad)
-
-
-def test_a_graph_break_between_siblings_changes_no_result() -> None:
-    model = make_attention()
-
-    @torch.compiler.disable
-    def change(x: Tensor) -> Tensor:
-        return x
-
-    model.change = change
-    compiled = torch.compile(model, backend="aot_eager")
-    with torch.no_grad():
-        for seed in range(3):
-            x = randn(2, 128, seed=seed)
-            assert_bitwise_equal(compiled(x), alone(model, x))
-
-
-def test_compiled_siblings_with_other_inputs_compute_alone() -> None:
-    model = make_attention()
-    model.change = torch.neg
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        for seed in range(3):
-            x = randn(2, 128, seed=seed)
-            assert_bitwise_equal(compiled(x), alone(model, x))
-    assert group_of(model).is_off
 
 
 # ---------------------------------------------------------------------------------------------------------------------
