@@ -287,7 +287,7 @@ def test_nothing_is_kept_after_the_last_sibling() -> None:
         outputs = [model.q_proj(x), model.k_proj(x)]
         kept = group_of(model).pending
         assert kept is not None
-        references = [weakref.ref(kept[1]), weakref.ref(kept[3][2][-1])]
+        references = [weakref.ref(kept[1]), weakref.ref(kept[-1][2][-1])]
         del kept
         outputs.append(model.v_proj(x))
         references += [weakref.ref(output) for output in outputs]

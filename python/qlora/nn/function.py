@@ -42,9 +42,11 @@ def needs_gradient(x: Tensor) -> bool:
 
 def group_linear(x: Tensor, operands: list[tuple[Tensor, QuantState, Tensor | None]]) -> list[Tensor]:
     """`linear` of x [..., k] with each (weight, state, bias), without a gradient. All states are of one format."""
-    weights, states, biases = zip(*operands, strict=True)
-    scales = [scale_operands(state) for state in states]
-    first = states[0]
+    first = operands[0][1]
+    scales = [scale_operands(state) for _, state, _ in operands]
+    absmax, *nested = zip(*scales, strict=True)
+    if not first.nested:
+        nested = [(), (), ()]
     compiling = torch.compiler.is_compiling()
     with (
         torch._C.DisableTorchFunctionSubclass(),
@@ -52,12 +54,12 @@ def group_linear(x: Tensor, operands: list[tuple[Tensor, QuantState, Tensor | No
     ):
         products: list[Tensor] = _linear_4bit_group(
             x,
-            list(weights),
-            [absmax for absmax, *_ in scales],
-            *([values[i] for values in scales if first.nested] for i in (1, 2, 3)),
-            [bias for bias in biases if bias is not None],
-            [i for i, bias in enumerate(biases) if bias is not None],
-            [state.shape[0] for state in states],
+            [weight for weight, _, _ in operands],
+            absmax,
+            *nested,
+            [bias for _, _, bias in operands if bias is not None],
+            [i for i, operand in enumerate(operands) if operand[2] is not None],
+            [state.shape[0] for _, state, _ in operands if state.shape is not None],
             first.blocksize,
             first.quant_type,
         )

@@ -49,8 +49,8 @@ class Group:
     Attributes:
         members: references to the layers.
         is_off: whether the layers compute alone from now on.
-        pending: None, or (context, input, its versions, for each layer its operands and product, or None once taken).
-            Replaced whole, never written into.
+        pending: None, or (context, input, its version, how many products are left, for each layer its operands, their
+            versions and its product, or None once taken). Replaced whole, never written into.
     """
 
     def __init__(self, layers: list[Linear4bit]) -> None:
@@ -58,6 +58,7 @@ class Group:
         self.is_off = False
         self.pending: tuple[Any, ...] | None = None
 
+    # In eager mode this runs for every layer and token, so it is short of function calls.
     def product(
         self, index: int, layer: Linear4bit, x: Tensor, state: QuantState, bias: Tensor | None
     ) -> Tensor | None:
@@ -66,93 +67,106 @@ class Group:
             return None
         pending = self.pending
         if pending is None:
-            return self._begin(index, layer, x) if _is_small_and_plain(x) else None
-        if pending[0][0] != _context(x)[0]:
+            return self._begin(index, layer, x, state)
+        context, kept_x, version, num_left, parts = pending
+        if context[0] != _context(x)[0]:
             return None
-        result = _take(pending, index, layer, x, state, bias)
-        if result is None:
+        part = parts[index]
+        is_same = part is not None and x is kept_x and not _is_watched(x)
+        if (
+            not is_same
+            or not _is_unchanged(part, layer, state, bias)
+            or (context, version)
+            != (
+                _context(x),
+                _versions(x),
+            )
+        ):
             self.is_off, self.pending = True, None
             return None
-        parts = tuple(None if i == index else part for i, part in enumerate(pending[3]))
-        self.pending = None if all(part is None for part in parts) else (*pending[:3], parts)
+        rest = (*parts[:index], None, *parts[index + 1 :])
+        self.pending = (context, kept_x, version, num_left - 1, rest) if num_left > 1 else None
+        result: Tensor = part[-1]
         return result
 
-    def _begin(self, index: int, layer: Linear4bit, x: Tensor) -> Tensor | None:
+    def _begin(self, index: int, layer: Linear4bit, x: Tensor, state: QuantState) -> Tensor | None:
         """Computes the products of all, keeps those of the others and returns the layer's own."""
-        layers = [member() for member in self.members]
-        if layers[index] is not layer:  # a copy that shares the attributes
+        if not _is_worth_it(x) or self.members[index]() is not layer:  # not a copy that shares the attributes
             return None
         operands: list[tuple[Tensor, QuantState, Tensor | None]] = []
-        for other in layers:
-            if other is None or other.quant_state is None or not _is_alike(other, layer, x):
-                return None
-            operands.append((other.weight, other.quant_state, other.bias))
-        if any(bias is not None and function.needs_gradient(bias) for _, _, bias in operands):
-            return None
+        with torch._C.DisableTorchFunctionSubclass():  # or a Params4bit takes 5 µs to name its device
+            for member in self.members:
+                operand = _operand(member(), layer, x, state)
+                if operand is None:
+                    return None
+                operands.append(operand)
+            versions = [_versions(weight, bias) for weight, _, bias in operands]
         products = function.group_linear(x, operands)
-        parts = tuple(
-            None if i == index else (*operands[i], _versions(operands[i][0], operands[i][2]), products[i])
-            for i in range(len(layers))
-        )
-        self.pending = (_context(x), x, _versions(x), parts)
+        parts = [
+            (*operands[i], versions[i], products[i]) if i != index else None for i in range(len(operands))
+        ]
+        self.pending = (_context(x), x, _versions(x), len(parts) - 1, tuple(parts))
         return products[index]
 
 
-def _take(
-    pending: tuple[Any, ...],
-    index: int,
-    layer: Linear4bit,
-    x: Tensor,
-    state: QuantState,
-    bias: Tensor | None,
-) -> Tensor | None:
-    """The product of the layer among what is pending, if it is that of these operands and nothing has changed."""
-    context, kept_x, versions, parts = pending
-    part = parts[index]
-    if part is None or x is not kept_x or not _is_small_and_plain(x):
-        return None
-    kept_weight, kept_state, kept_bias, operand_versions, product = part
-    if kept_weight is not layer.weight or kept_state is not state or kept_bias is not bias:
-        return None
-    if bias is not None and function.needs_gradient(bias):
-        return None
-    if (context, versions, operand_versions) != (_context(x), _versions(x), _versions(layer.weight, bias)):
-        return None
-    result: Tensor = product
-    return result
+def _is_worth_it(x: Tensor) -> bool:
+    if x.device.type not in DEVICE_TYPES or x.numel() > MAX_ROWS * x.shape[-1] or type(x) is not Tensor:
+        return False
+    return not _is_watched(x) and (torch.compiler.is_compiling() or not x.is_inference())
 
 
-def _is_small_and_plain(x: Tensor) -> bool:
-    if type(x) is not Tensor or x.device.type not in DEVICE_TYPES or function.needs_gradient(x):
-        return False
-    if x.numel() > MAX_ROWS * x.shape[-1]:
-        return False
-    if torch.compiler.is_compiling():
+def _is_watched(x: Tensor) -> bool:
+    """Whether somebody wants to see each layer's operator by itself."""
+    if function.needs_gradient(x):
         return True
-    is_watched = torch._C._len_torch_function_stack() > 0 or torch._C._are_functorch_transforms_active()
-    return not (is_watched or x.is_inference())
-
-
-def _is_alike(other: Linear4bit, layer: Linear4bit, x: Tensor) -> bool:
-    """Whether one operator call can serve both layers for x, as each by itself would compute it."""
-    if type(other).forward is not type(layer).forward or other.compute_dtype is not layer.compute_dtype:
+    if torch.compiler.is_compiling():
         return False
-    weight, bias, state, other_state = other.weight, other.bias, layer.quant_state, other.quant_state
+    return torch._C._len_torch_function_stack() > 0 or torch._C._are_functorch_transforms_active()
+
+
+def _operand(
+    other: Linear4bit | None, layer: Linear4bit, x: Tensor, state: QuantState
+) -> tuple[Tensor, QuantState, Tensor | None] | None:
+    """Weight, state and bias of a layer, if one call can serve it and `layer` for x, as each by itself would compute."""
+    if other is None:
+        return None
+    weight: Any = other._parameters["weight"]
+    bias = other._parameters["bias"]
     # Sharded weights are of another type; weights that are elsewhere until their own call (offload), on another device.
-    if type(weight) is not Params4bit or weight.device != x.device or state is None or other_state is None:
-        return False
-    if bias is not None and bias.dtype != x.dtype:
-        return False
-    if not torch.compiler.is_compiling() and (
-        weight.is_inference() or (bias is not None and bias.is_inference())
+    if type(weight) is not Params4bit or weight.device != x.device:
+        return None
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and weight.is_inference():
+        return None
+    if bias is not None and (
+        bias.dtype != x.dtype or function.needs_gradient(bias) or (not is_compiling and bias.is_inference())
     ):
+        return None
+    other_state = weight.quant_state
+    if other_state is None:
+        return None
+    if other is not layer and (
+        other.in_features != layer.in_features
+        or other.compute_dtype is not layer.compute_dtype
+        or type(other).forward is not type(layer).forward
+        or other_state.blocksize != state.blocksize
+        or other_state.quant_type != state.quant_type
+        or other_state.nested != state.nested
+    ):
+        return None
+    return weight, other_state, bias
+
+
+def _is_unchanged(part: tuple[Any, ...], layer: Linear4bit, state: QuantState, bias: Tensor | None) -> bool:
+    """Whether a product is what the layer would compute."""
+    weight: Any = layer._parameters["weight"]
+    kept_weight, kept_state, kept_bias, versions, _ = part
+    if kept_weight is not weight or kept_state is not state or kept_bias is not bias:
         return False
-    return (
-        other.in_features == layer.in_features
-        and other_state.blocksize == state.blocksize
-        and other_state.quant_type == state.quant_type
-        and other_state.nested == state.nested
-    )
+    if bias is not None and function.needs_gradient(bias):
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        return bool(versions == _versions(weight, bias))
 
 
 def _context(x: Tensor) -> tuple[int, int]:
@@ -163,11 +177,11 @@ def _context(x: Tensor) -> tuple[int, int]:
     return threading.get_ident(), stream
 
 
-def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
+def _versions(tensor: Tensor, other: Tensor | None = None) -> tuple[int, int]:
     """Numbers that change with every write. torch.compile has none: there a write to the input goes unseen."""
     if torch.compiler.is_compiling():
-        return ()
-    return tuple(tensor._version for tensor in tensors if tensor is not None)
+        return 0, 0
+    return tensor._version, 0 if other is None else other._version
 
 
 def _base_layer(module: torch.nn.Module | None) -> torch.nn.Module | None:

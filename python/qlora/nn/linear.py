@@ -73,7 +73,7 @@ class Linear4bit(Module4bit, torch.nn.Linear):  # type: ignore[misc]  # weight i
     def forward(self, input: Tensor) -> Tensor:
         compute_dtype, result_dtype = self.dtypes(input)
         x, state, bias = self._operands(input, compute_dtype)
-        if self._group is not None and x is input and bias is self.bias and compute_dtype == result_dtype:
+        if self._group is not None and x is input and compute_dtype == result_dtype:
             group, index = self._group
             product = group.product(index, self, x, state, bias)
             if product is not None:
