@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import c_library
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from assertions import assert_bitwise_equal, assert_within
 from qlora import ops
+from qlora.nn import quantize_
 
 pytestmark = pytest.mark.gpu
 
@@ -314,3 +317,46 @@ def test_wrong_groups_are_refused() -> None:
     weights = [c_library.describe_weight(16, 1024), c_library.describe_weight(16, 512)]
     with pytest.raises(AssertionError, match="expected the same cols in all, got 1024 and 512"):
         c_library.group_workspace_size(weights, 4, torch.bfloat16)
+
+
+class Layers(torch.nn.Module):
+    """A gate and an up projection of 4-bit layers that compute in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name, rows in (("gate_proj", 2048), ("up_proj", 1000)):
+            self.add_module(name, torch.nn.Linear(1024, rows, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gate_proj(x), self.up_proj(x)
+
+
+@pytest.fixture
+def layers() -> Layers:
+    model = quantize_(Layers().requires_grad_(False), device="cuda")
+    assert isinstance(model, Layers)
+    return model
+
+
+@pytest.mark.usefixtures("skinny")
+@pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
+def test_layers_use_one_launch_eagerly_and_compiled(layers: Layers, mode: str | None) -> None:
+    torch._dynamo.reset()
+    function = layers if mode is None else torch.compile(layers, fullgraph=True, mode=mode)
+    alone = copy.deepcopy(layers)  # not linked
+    with torch.no_grad():
+        for seed in range(4):
+            x = randn(1, 3, 1024, dtype=torch.bfloat16, seed=seed)
+            for output, expected in zip(function(x), alone(x), strict=True):
+                # Sums in another order, then one rounding each.
+                torch.testing.assert_close(output, expected, rtol=2**-7, atol=2**-7)
+        group = layers.gate_proj._group[0]
+        assert not group.is_off
+        assert group.pending is None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            layers(x)
+            torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages() if "skinny_kernel" in event.key]
+    counts = [event.count for event in profile.key_averages() if "skinny_kernel" in event.key]
+    assert counts == [1], names
