@@ -80,8 +80,10 @@ const Kernel& select_kernel(const Gemm& problem, const Device& device) {
 bool takes_group(const Gemm* problems, int count, const Device& device, std::string* why_not) {
   if (count < 2) return refuse(why_not, "expected 2 weights or more, got ", count);
   for (int i = 0; i < count; ++i) {
-    const Kernel& kernel = select_kernel(problems[i], device);
-    if (kernel.run != skinny_sm90) return refuse(why_not, "weight ", i, " is served by ", kernel.name);
+    const Kernel* const kernel = find_kernel(problems[i], device, nullptr);
+    if (kernel == nullptr || kernel->run != skinny_sm90) {
+      return refuse(why_not, "weight ", i, " is served by ", kernel == nullptr ? "no kernel" : kernel->name);
+    }
   }
   return supports_skinny_sm90_group(problems, count, device, why_not);
 }
