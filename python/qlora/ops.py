@@ -30,7 +30,7 @@ from torch import Tensor
 from . import _checks, _library
 from ._checks import FLOATS
 from .format import DEFAULT_BLOCK_SIZE, nested_quant_map, num_blocks, num_nested_blocks, num_packed_bytes
-from .ops_group import linear_4bit_group
+from .group_ops import linear_4bit_group
 
 _library.load()
 
