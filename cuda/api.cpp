@@ -3,6 +3,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "core/gemm.h"
 #include "core/status.h"
@@ -64,6 +65,25 @@ void check_alignment(const char* op, const char* argument, const void* pointer, 
          bytes, " bytes, got ", pointer);
 }
 
+// The members of a group that have outputs, in `problems`; those of `ys` are null where only sizes are asked for.
+std::vector<Gemm> describe_group(const char* op, const void* x, int64_t m, qlora_dtype dtype,
+                                 const qlora_weight_4bit* weights, int64_t count, const void* const* biases,
+                                 void* const* ys) {
+  check_pointer(op, "weights", weights);
+  expect(count >= 1, op, ": count: expected at least 1, got ", count);
+  std::vector<Gemm> problems;
+  for (int64_t i = 0; i < count; ++i) {
+    Gemm problem = describe_gemm(op, &weights[i], m, dtype, 0, biases != nullptr && biases[i] != nullptr);
+    expect(weights[i].cols == weights[0].cols, op, ": weights: expected the same cols in all, got ", weights[0].cols,
+           " and ", weights[i].cols);
+    problem.input = x;
+    problem.bias = problem.has_bias ? biases[i] : nullptr;
+    problem.output = ys == nullptr ? nullptr : ys[i];
+    if (m > 0 && weights[i].rows > 0) problems.push_back(problem);
+  }
+  return problems;
+}
+
 void check_workspace(const char* op, const Gemm& problem, int64_t needed) {
   expect(problem.workspace_size >= needed, op, ": workspace_size: expected at least ", needed, ", got ",
          problem.workspace_size);
@@ -108,6 +128,15 @@ void run_linear(const Gemm& problem, int32_t device_index, qlora_stream stream) 
   check_workspace(op, problem, gemm_workspace_size(problem, device));
   const DeviceGuard guard(device_index);
   run_gemm(problem, device, to_cuda(stream));
+}
+
+// Text into a buffer of `size` bytes, cut to it and null-terminated.
+void copy_text(const char* op, const std::string& whole, char* text, int64_t size) {
+  check_pointer(op, "text", text);
+  expect(size >= 1, op, ": size: expected at least 1, got ", size);
+  const size_t length = std::min(whole.size(), static_cast<size_t>(size - 1));
+  std::memcpy(text, whole.data(), length);
+  text[length] = '\0';
 }
 
 }  // namespace
@@ -291,12 +320,56 @@ qlora_status qlora_explain_linear_4bit(const qlora_weight_4bit* weight, int64_t 
   return guarded([&] {
     constexpr const char* kOp = "explain_linear_4bit";
     const qlora::Gemm problem = qlora::describe_gemm(kOp, weight, m, dtype, is_grad, 0);
-    qlora::check_pointer(kOp, "text", text);
-    qlora::expect(size >= 1, kOp, ": size: expected at least 1, got ", size);
-    const std::string whole = qlora::explain_gemm(problem, qlora::find_device(kOp, device));
-    const size_t length = std::min(whole.size(), static_cast<size_t>(size - 1));
-    std::memcpy(text, whole.data(), length);
-    text[length] = '\0';
+    qlora::copy_text(kOp, qlora::explain_gemm(problem, qlora::find_device(kOp, device)), text, size);
+  });
+}
+
+qlora_status qlora_linear_4bit_group_cuda(const void* x, int64_t m, qlora_dtype dtype, const qlora_weight_4bit* weights,
+                                          int64_t count, const void* const* biases, void* const* ys, void* workspace,
+                                          int64_t workspace_size, int32_t device, qlora_stream stream) {
+  return guarded([&] {
+    constexpr const char* kOp = "linear_4bit_group";
+    qlora::check_pointer(kOp, "ys", ys);
+    std::vector<qlora::Gemm> problems = qlora::describe_group(kOp, x, m, dtype, weights, count, biases, ys);
+    const qlora::Device& properties = qlora::find_device(kOp, device);
+    if (problems.empty()) return;
+    for (qlora::Gemm& problem : problems) {
+      qlora::check_weight(kOp, &problem.weight);
+      if (problem.weight.cols > 0) qlora::check_pointer(kOp, "x", x);
+      qlora::check_pointer(kOp, "ys[i]", problem.output);
+      problem.workspace = workspace;
+      problem.workspace_size = workspace_size;
+    }
+    const int num_problems = static_cast<int>(problems.size());
+    qlora::check_workspace(kOp, problems[0],
+                           qlora::gemm_group_workspace_size(problems.data(), num_problems, properties));
+    const qlora::DeviceGuard guard(device);
+    qlora::run_gemm_group(problems.data(), num_problems, properties, qlora::to_cuda(stream));
+  });
+}
+
+qlora_status qlora_linear_4bit_group_workspace_size(const qlora_weight_4bit* weights, int64_t count, int64_t m,
+                                                    qlora_dtype dtype, const void* const* biases, int32_t device,
+                                                    int64_t* size) {
+  return guarded([&] {
+    constexpr const char* kOp = "linear_4bit_group_workspace_size";
+    const std::vector<qlora::Gemm> problems =
+        qlora::describe_group(kOp, nullptr, m, dtype, weights, count, biases, nullptr);
+    qlora::check_pointer(kOp, "size", size);
+    const qlora::Device& properties = qlora::find_device(kOp, device);
+    *size = qlora::gemm_group_workspace_size(problems.data(), static_cast<int>(problems.size()), properties);
+  });
+}
+
+qlora_status qlora_explain_linear_4bit_group(const qlora_weight_4bit* weights, int64_t count, int64_t m,
+                                             qlora_dtype dtype, int32_t device, char* text, int64_t size) {
+  return guarded([&] {
+    constexpr const char* kOp = "explain_linear_4bit_group";
+    const std::vector<qlora::Gemm> problems =
+        qlora::describe_group(kOp, nullptr, m, dtype, weights, count, nullptr, nullptr);
+    const qlora::Device& properties = qlora::find_device(kOp, device);
+    const int num_problems = static_cast<int>(problems.size());
+    qlora::copy_text(kOp, qlora::explain_gemm_group(problems.data(), num_problems, properties), text, size);
   });
 }
 

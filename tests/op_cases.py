@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -175,6 +175,8 @@ def make_call(name: str, device: str, *, is_nested: bool = True, dtype: torch.dt
         more = {"a": a, "b": b, "scaling": 0.5, "is_separate": True, "needed": needed}
         raw = queue.lora_linear_4bit_backward.default
         return _with_weight(partial(_lora_backward, x, left), weight, dy, raw, raw_args, **more)
+    if name == "linear_4bit_group":
+        return _make_group_call(weight, device, is_nested, dtype)
     if name == "embedding_4bit":
         indices = torch.tensor([[0, 36, 5], [5, 1, 2]], device=device)
         raw_args = (indices, *weight.tensors, weight.shape, *form, dtype)
@@ -194,5 +196,44 @@ def _lora_backward(x: Tensor, left: Tensor, dy: Tensor, *args: Any, **kwargs: An
     return ops.lora_linear_4bit_backward(dy, x, left, *args, **kwargs)
 
 
+def group_lists(weights: Sequence[Weight]) -> tuple[list[Tensor], ...]:
+    """packed, absmax, nested_absmax, nested_quant_map, nested_offset of each, as linear_4bit_group takes them."""
+    columns = zip(*(weight.tensors for weight in weights), strict=True)
+    return tuple([tensor for tensor in column if tensor is not None] for column in columns)
+
+
+def _make_group_call(first: Weight, device: str, is_nested: bool, dtype: torch.dtype) -> Call:
+    """Three weights of odd sizes, of which the last two have a bias."""
+    rows = [37, 12, 1]
+    weights = [first] + [
+        make_weight(n, 70, device=device, block_size=32, is_nested=is_nested, seed=n) for n in rows[1:]
+    ]
+    x = randn(3, 4, 70, seed=5, dtype=dtype, device=device)
+    biases = [randn(n, seed=n, dtype=dtype, device=device) for n in rows[1:]]
+    lists = group_lists(weights)
+    form = (first.format["block_size"], first.format["quant_type"])
+
+    def function(x: Tensor, *tensors: Tensor) -> Any:
+        packed, absmax, *nested = (list(tensors[i : i + 3]) for i in range(0, len(tensors), 3))
+        names = ("nested_absmax", "nested_quant_map", "nested_offset")
+        return ops.linear_4bit_group(
+            x,
+            packed,
+            absmax,
+            rows,
+            **first.format,
+            bias=[None, *biases],
+            **dict(zip(names, nested, strict=False)),
+        )
+
+    tensors = (x, *(tensor for tensors in lists for tensor in tensors))
+    return Call(
+        function,
+        tensors,
+        torch.ops.qlora.linear_4bit_group.default,
+        (x, *lists, biases, [1, 2], rows, *form),
+    )
+
+
 def as_tuple(output: Any) -> tuple[Tensor, ...]:
-    return output if isinstance(output, tuple) else (output,)
+    return tuple(output) if isinstance(output, tuple | list) else (output,)

@@ -55,6 +55,21 @@ qlora_status qlora_linear_4bit_workspace_size(const qlora_weight_4bit*, int64_t,
   return no_cuda("linear_4bit_workspace_size");
 }
 
+qlora_status qlora_linear_4bit_group_cuda(const void*, int64_t, qlora_dtype, const qlora_weight_4bit*, int64_t,
+                                          const void* const*, void* const*, void*, int64_t, int32_t, qlora_stream) {
+  return no_cuda("linear_4bit_group");
+}
+
+qlora_status qlora_linear_4bit_group_workspace_size(const qlora_weight_4bit*, int64_t, int64_t, qlora_dtype,
+                                                    const void* const*, int32_t, int64_t*) {
+  return no_cuda("linear_4bit_group_workspace_size");
+}
+
+qlora_status qlora_explain_linear_4bit_group(const qlora_weight_4bit*, int64_t, int64_t, qlora_dtype, int32_t, char*,
+                                             int64_t) {
+  return no_cuda("explain_linear_4bit_group");
+}
+
 qlora_status qlora_linear_4bit_grad_input_cuda(const void*, int64_t, qlora_dtype, const qlora_weight_4bit*, void*,
                                                void*, int64_t, int32_t, qlora_stream) {
   return no_cuda("linear_4bit_grad_input");

@@ -113,6 +113,22 @@ Tensor linear_4bit(Tensor input, Tensor packed, Tensor absmax, std::optional<Ten
   return output;
 }
 
+std::vector<Tensor> linear_4bit_group(Tensor input, std::vector<Tensor> packed, std::vector<Tensor> absmax,
+                                      std::vector<Tensor> nested_absmax, std::vector<Tensor> nested_quant_map,
+                                      std::vector<Tensor> nested_offset, std::vector<Tensor> bias, Shape biased,
+                                      Shape rows, int64_t block_size, std::string quant_type) {
+  const GroupLists lists{packed, absmax, nested_absmax, nested_quant_map, nested_offset, bias, biased, rows};
+  lists.check("linear_4bit_group", input);
+  const std::vector<std::optional<Tensor>> biases = lists.biases();
+  std::vector<Tensor> outputs;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    outputs.push_back(linear_4bit(input, packed[i], absmax[i], lists.nested(nested_absmax, i),
+                                  lists.nested(nested_quant_map, i), lists.nested(nested_offset, i), biases[i],
+                                  {rows[i], input.size(-1)}, block_size, quant_type));
+  }
+  return outputs;
+}
+
 Tensor linear_4bit_grad_input(Tensor grad_output, Tensor packed, Tensor absmax, std::optional<Tensor> nested_absmax,
                               std::optional<Tensor> nested_quant_map, std::optional<Tensor> nested_offset, Shape shape,
                               int64_t block_size, std::string quant_type) {
@@ -249,6 +265,7 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
   m.impl("quantize_absmax", TORCH_BOX(&quantize_absmax));
   m.impl("dequantize_absmax", TORCH_BOX(&dequantize_absmax));
   m.impl("linear_4bit", TORCH_BOX(&linear_4bit));
+  m.impl("linear_4bit_group", TORCH_BOX(&linear_4bit_group));
   m.impl("linear_4bit_grad_input", TORCH_BOX(&linear_4bit_grad_input));
   m.impl("lora_linear_4bit", TORCH_BOX(&lora_linear_4bit));
   m.impl("lora_linear_4bit_backward", TORCH_BOX(&lora_linear_4bit_backward));

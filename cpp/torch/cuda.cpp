@@ -28,7 +28,7 @@ struct Launch {
   qlora_stream stream = nullptr;
 };
 
-// Device memory for a linear layer, from torch's caching allocator, whose blocks are 512-byte aligned; none where the
+// Device memory for linear layers, from torch's caching allocator, whose blocks are 512-byte aligned; none where the
 // kernel needs none.
 struct Workspace {
   Workspace(const Weight& weight, const Rows& operand, bool is_grad, bool has_bias, int32_t device) {
@@ -40,6 +40,12 @@ struct Workspace {
             int32_t device) {
     throw_on_failure(qlora_lora_linear_4bit_workspace_size(weight.get(), operand.m, operand.dtype, lora.get(),
                                                            is_backward ? 1 : 0, has_bias ? 1 : 0, device, &size));
+    allocate(operand);
+  }
+  Workspace(const std::vector<qlora_weight_4bit>& weights, const Rows& operand, const std::vector<const void*>& biases,
+            int32_t device) {
+    throw_on_failure(qlora_linear_4bit_group_workspace_size(weights.data(), static_cast<int64_t>(weights.size()),
+                                                            operand.m, operand.dtype, biases.data(), device, &size));
     allocate(operand);
   }
 
@@ -144,6 +150,41 @@ Tensor linear_4bit(Tensor input, Tensor packed, Tensor absmax, std::optional<Ten
   return output;
 }
 
+std::vector<Tensor> linear_4bit_group(Tensor input, std::vector<Tensor> packed, std::vector<Tensor> absmax,
+                                      std::vector<Tensor> nested_absmax, std::vector<Tensor> nested_quant_map,
+                                      std::vector<Tensor> nested_offset, std::vector<Tensor> bias, Shape biased,
+                                      Shape rows, int64_t block_size, std::string quant_type) {
+  const char* op = "linear_4bit_group";
+  const GroupLists lists{packed, absmax, nested_absmax, nested_quant_map, nested_offset, bias, biased, rows};
+  lists.check(op, input);
+  const Launch launch(input);
+  const int64_t cols = input.size(-1);
+  const Rows x(op, "input", input, cols);
+  std::vector<Weight> kept;
+  std::vector<qlora_weight_4bit> weights;
+  std::vector<std::optional<Tensor>> biases = lists.biases();
+  std::vector<const void*> bias_data;
+  std::vector<Tensor> outputs;
+  std::vector<void*> ys;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    kept.emplace_back(op, packed[i], absmax[i], lists.nested(nested_absmax, i), lists.nested(nested_quant_map, i),
+                      lists.nested(nested_offset, i), Shape{rows[i], cols}, block_size, quant_type, input);
+    weights.push_back(*kept.back().get());
+    std::optional<Tensor>& b = biases[i];
+    if (b) b = checked(op, "bias", *b, input.scalar_type(), input, rows[i]);
+    bias_data.push_back(b ? b->const_data_ptr() : nullptr);
+    outputs.push_back(x.empty_beside(rows[i]));
+    if (cols == 0) b ? torch::stable::copy_(outputs[i], *b) : torch::stable::zero_(outputs[i]);
+    ys.push_back(outputs[i].mutable_data_ptr());
+  }
+  if (cols == 0 || rows.empty()) return outputs;
+  const Workspace workspace(weights, x, bias_data, launch.device);
+  throw_on_failure(qlora_linear_4bit_group_cuda(x.values.const_data_ptr(), x.m, x.dtype, weights.data(),
+                                                static_cast<int64_t>(weights.size()), bias_data.data(), ys.data(),
+                                                workspace.data, workspace.size, launch.device, launch.stream));
+  return outputs;
+}
+
 Tensor linear_4bit_grad_input(Tensor grad_output, Tensor packed, Tensor absmax, std::optional<Tensor> nested_absmax,
                               std::optional<Tensor> nested_quant_map, std::optional<Tensor> nested_offset, Shape shape,
                               int64_t block_size, std::string quant_type) {
@@ -242,6 +283,7 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CUDA, m) {
   m.impl("quantize_absmax", TORCH_BOX(&quantize_absmax));
   m.impl("dequantize_absmax", TORCH_BOX(&dequantize_absmax));
   m.impl("linear_4bit", TORCH_BOX(&linear_4bit));
+  m.impl("linear_4bit_group", TORCH_BOX(&linear_4bit_group));
   m.impl("linear_4bit_grad_input", TORCH_BOX(&linear_4bit_grad_input));
   m.impl("lora_linear_4bit", TORCH_BOX(&lora_linear_4bit));
   m.impl("lora_linear_4bit_backward", TORCH_BOX(&lora_linear_4bit_backward));

@@ -1,5 +1,5 @@
 // The operators of torch.ops.qlora: this file is their table of contents. CPU implementations: cpu.cpp; CUDA: cuda.cpp;
-// fake kernels, autograd and the public wrappers: python/qlora/ops.py.
+// fake kernels, autograd and the public wrappers: python/qlora/ops.py, group_ops.py.
 //
 // A 4-bit weight travels as `packed, absmax, nested_absmax?, nested_quant_map?, nested_offset?, shape, block_size,
 // quant_type` everywhere, the names of the checkpoint keys:
@@ -33,6 +33,14 @@ STABLE_TORCH_LIBRARY(qlora, m) {
   m.def(
       "linear_4bit(Tensor input, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
       "Tensor? nested_offset, Tensor? bias, int[] shape, int block_size, str quant_type) -> Tensor");
+
+  // y_i = x W_i^T + b_i, weights of `rows[i]` rows that share x: [..., k] -> [..., rows[i]] each. The lists have a
+  // tensor for each weight, but the nested ones none where the scales are plain, and `bias` one for each index in
+  // `biased`.
+  m.def(
+      "linear_4bit_group(Tensor input, Tensor[] packed, Tensor[] absmax, Tensor[] nested_absmax, "
+      "Tensor[] nested_quant_map, Tensor[] nested_offset, Tensor[] bias, int[] biased, int[] rows, int block_size, "
+      "str quant_type) -> Tensor[]");
 
   // dx = dy W: [..., n] -> [..., k]
   m.def(

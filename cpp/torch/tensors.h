@@ -209,6 +209,51 @@ struct LoraGradients {
   static Tensor none(const Rows& dy) { return empty_on_device_of(dy.values, {0}, dy.values.scalar_type()); }
 };
 
+// The lists of a group's operator arguments, each as long as `rows`.
+struct GroupLists {
+  using Tensors = std::vector<Tensor>;
+
+  Tensors packed;
+  Tensors absmax;
+  Tensors nested_absmax;  // empty where the scales are plain, as the next two
+  Tensors nested_quant_map;
+  Tensors nested_offset;
+  Tensors bias;
+  Shape biased;  // indices of the weights that have one
+  Shape rows;
+
+  void check(const char* op, const Tensor& input) const {
+    STD_TORCH_CHECK(input.dim() > 0, "qlora.", op, ": input: expected at least one dimension, got a scalar");
+    const auto check_size = [&](const char* argument, size_t size) {
+      STD_TORCH_CHECK(size == rows.size(), "qlora.", op, ": ", argument, ": expected ", rows.size(),
+                      " items, one a weight, got ", size);
+    };
+    check_size("packed", packed.size());
+    check_size("absmax", absmax.size());
+    STD_TORCH_CHECK(bias.size() == biased.size(), "qlora.", op, ": bias: expected ", biased.size(),
+                    " tensors, one for each index in biased, got ", bias.size());
+    for (int64_t i : biased) {
+      STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(rows.size()), "qlora.", op,
+                      ": biased: expected indices from 0 to ", rows.size(), " - 1, got ", i);
+    }
+    if (nested_absmax.empty()) return;
+    check_size("nested_absmax", nested_absmax.size());
+    check_size("nested_quant_map", nested_quant_map.size());
+    check_size("nested_offset", nested_offset.size());
+  }
+
+  std::optional<Tensor> nested(const Tensors& tensors, size_t i) const {
+    return nested_absmax.empty() ? std::nullopt : std::optional<Tensor>(tensors[i]);
+  }
+
+  // Of each weight.
+  std::vector<std::optional<Tensor>> biases() const {
+    std::vector<std::optional<Tensor>> all(rows.size());
+    for (size_t i = 0; i < biased.size(); ++i) all[static_cast<size_t>(biased[i])] = bias[i];
+    return all;
+  }
+};
+
 inline void check_matrix(const char* op, const Shape& shape) {
   STD_TORCH_CHECK(shape.size() == 2, "qlora.", op, ": shape: expected [rows, cols], got ", shape.size(), " sizes");
 }

@@ -32,6 +32,11 @@ void naive(const Gemm& problem, const Device& device, cudaStream_t stream);
 bool supports_skinny_sm90(const Gemm& problem, const Device& device, std::string* why_not);
 void skinny_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);
 
+// The same for `count` forward problems that share their input, in one launch: up to 3, of one k, format and kind of
+// scales.
+bool supports_skinny_sm90_group(const Gemm* problems, int count, const Device& device, std::string* why_not);
+void skinny_sm90_group(const Gemm* problems, int count, const Device& device, cudaStream_t stream);
+
 // skinny_sm80.cu: 1 to 32 rows of x in 16 bits, blocks of 64 and more, k a multiple of 64; forward, any GPU from sm_80
 // on.
 bool supports_skinny_sm80(const Gemm& problem, const Device& device, std::string* why_not);

@@ -1,5 +1,6 @@
 #include "cuda/gemm/select.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -85,6 +86,18 @@ const Kernel& select_kernel(const Gemm& problem, const Device& device) {
   return *kernel;
 }
 
+// Whether the kernel that serves each of the problems serves all of them in one launch.
+bool takes_group(const Gemm* problems, int count, const Device& device, std::string* why_not) {
+  if (count < 2) return refuse(why_not, "expected 2 weights or more, got ", count);
+  for (int i = 0; i < count; ++i) {
+    const Kernel* const kernel = find_kernel(problems[i], device, nullptr);
+    if (kernel == nullptr || kernel->run != skinny_sm90) {
+      return refuse(why_not, "weight ", i, " is served by ", kernel == nullptr ? "no kernel" : kernel->name);
+    }
+  }
+  return supports_skinny_sm90_group(problems, count, device, why_not);
+}
+
 }  // namespace
 
 void run_gemm(const Gemm& problem, const Device& device, cudaStream_t stream) {
@@ -96,6 +109,26 @@ void run_gemm(const Gemm& problem, const Device& device, cudaStream_t stream) {
 int64_t gemm_workspace_size(const Gemm& problem, const Device& device) {
   const Kernel& kernel = select_kernel(problem, device);
   return kernel.workspace_size == nullptr ? 0 : kernel.workspace_size(problem, device);
+}
+
+void run_gemm_group(const Gemm* problems, int count, const Device& device, cudaStream_t stream) {
+  if (takes_group(problems, count, device, nullptr)) return skinny_sm90_group(problems, count, device, stream);
+  for (int i = 0; i < count; ++i) run_gemm(problems[i], device, stream);
+}
+
+int64_t gemm_group_workspace_size(const Gemm* problems, int count, const Device& device) {
+  if (takes_group(problems, count, device, nullptr)) return 0;
+  int64_t largest = 0;
+  for (int i = 0; i < count; ++i) largest = std::max(largest, gemm_workspace_size(problems[i], device));
+  return largest;
+}
+
+std::string explain_gemm_group(const Gemm* problems, int count, const Device& device) {
+  std::string reason;
+  std::string text = takes_group(problems, count, device, &reason) ? "one launch by skinny_sm90"
+                                                                   : concat("one after the other: ", reason);
+  for (int i = 0; i < count; ++i) text += concat("\n", explain_gemm(problems[i], device));
+  return text;
 }
 
 std::string explain_gemm(const Gemm& problem, const Device& device) {

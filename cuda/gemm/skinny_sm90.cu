@@ -5,6 +5,7 @@
 //
 //   grid     clusters of `split` blocks, one block a multiprocessor. Clusters take turns at the tiles of 16 rows of W;
 //            a block of a cluster has a range of k, a warp of it kChunks chunks of 256 columns.
+//   group    several W that share x: their tiles are numbered through, each W from a tile of its own on
 //   x        the columns that a warp owns stay in its registers from beginning to end
 //   W        each warp copies its own 16 x 256 pieces, with their scales, through a ring of kStages in shared memory
 //   decode   a packed byte to two values through PairTable, unscaled; the products of a block of 64 are summed in fp32
@@ -22,13 +23,10 @@
 #include <cstdint>
 
 #include "core/status.h"
-#include "cuda/device/block_product.cuh"
-#include "cuda/device/copy_async.cuh"
 #include "cuda/device/numeric.cuh"
-#include "cuda/device/pair_table.cuh"
-#include "cuda/device/unaligned.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/gemm/gemm.h"
+#include "cuda/gemm/skinny_sm90.cuh"
 #include "cuda/launch.h"
 #include "cuda/remember.h"
 #include "cuda/weight_arguments.h"
@@ -36,242 +34,22 @@
 namespace qlora {
 namespace {
 
-constexpr int kWarps = 16;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kStages = 3;
-constexpr int kTileRows = 16;    // of W: those of one mma
-constexpr int kBlockSize = 64;   // columns that share a scale
-constexpr int kChunkBlocks = 4;  // of a warp's piece: 128 bytes of a row, a line of memory
-constexpr int kChunkCols = kChunkBlocks * kBlockSize;
-constexpr int kChunkBytes = kChunkCols / 2;
-constexpr int kMaxSplit = 8;  // blocks in a portable cluster
-constexpr int kMaxTokens = 16;
-constexpr int kPaddedRows = kTileRows + 4;  // floats between tokens of a partial sum: no bank conflicts
-constexpr int kTilesPerExchange = 8;        // tiles whose sums a cluster exchanges at once
-
-constexpr int64_t kTableAlignment = PairTable<__half>::kBytes;
-
-// Of a stage: 16 rows of 4 blocks.
-union StageScales {
-  float absmax[kTileRows][kChunkBlocks];
-  struct {
-    unsigned char codes[kTileRows][kChunkBlocks];
-    float absmax[kTileRows];
-  } nested;
-};
-
-// Shared memory: this, the pair table at the first multiple of 64 KiB, the ring of the weight behind it.
-template <int kTokens>
-struct Shared {
-  float nested_code[256];
-  StageScales scales[kWarps][kStages];
-  float partial[2][kWarps][kTokens][kPaddedRows];         // sums of the warps, of this tile and of the one before
-  float exchange[kTilesPerExchange][kTokens][kTileRows];  // sums of this block, for the cluster
-};
-constexpr int64_t kReservedBytes = 1024;  // that CUDA puts before a block's shared memory
-static_assert(sizeof(Shared<kMaxTokens>) + kReservedBytes <= kTableAlignment);
-
-using StageWeight = unsigned char[kTileRows * kChunkBytes];  // 16-byte pieces, permuted in a row: see piece_offset
-constexpr int kSharedBytes = 2 * kTableAlignment + kWarps * kStages * static_cast<int>(sizeof(StageWeight));
-
-struct Arguments {
-  const uint8_t* packed;
-  Scales scales;
-  float table_scale_inverse;  // of PairTable
-  int log2_split;
-  const void* x;
-  const void* bias;
-  void* y;
-  int m;
-  int n;
-  int k;
-  bool is_weight_aligned;  // packed to 16 bytes, scales to 4
-  bool is_x_aligned;       // to 16 bytes
-};
-
-// Where the 16-byte piece of a row lies in its 128 bytes of a stage: pairs of pieces (a block of 64) are exchanged by
-// row, so that the 8-byte reads of 4 rows, one block each, fall into different banks.
-[[maybe_unused]] __device__ __forceinline__ int piece_offset(int row, int piece) {
-  return (piece / 2 ^ row % 4) * 32 + piece % 2 * 16;
-}
-
-// The pieces of W that a warp works on, one a step, copied in their order: kChunks of a tile, then those of the next.
-template <int kChunks, bool kIsNested>
-class Fetcher {
- public:
-  // The warp's chunks are first_chunk, first_chunk + kWarps.. below chunk_end, of every tile_step-th tile from `tile`
-  // on.
-  __device__ __forceinline__ Fetcher(const Arguments& arguments, int tile, int tile_step, int first_chunk,
-                                     int chunk_end)
-      : arguments_(arguments),
-        tile_(tile),
-        tile_step_(tile_step),
-        whole_tile_end_(arguments.is_weight_aligned ? arguments.n / kTileRows : 0),
-        first_chunk_(first_chunk),
-        chunk_end_(chunk_end),
-        weight_(arguments.packed + int64_t{tile * kTileRows + lane() / 8} * (arguments.k / 2) +
-                first_chunk * kChunkBytes + lane() % 8 * 16),
-        scale_(int64_t{tile * kTileRows + lane() % kTileRows} * num_blocks() + first_chunk * kChunkBlocks) {}
-
-  // Issues the copies of the next step, if there is one; `chunk` is its place among the warp's chunks.
-  __device__ __forceinline__ void next(int chunk, unsigned char* weight, StageScales& scales) {
-    if (tile_ * kTileRows < arguments_.n && first_chunk_ + chunk * kWarps < chunk_end_) {
-      if (tile_ < whole_tile_end_) {
-        copy(chunk, weight, scales);
-      } else {
-        copy_plainly(arguments_, tile_, first_chunk_ + chunk * kWarps, weight, scales);
-      }
-    }
-    commit_copies();  // An empty commit too: the wait counts them.
-    if (chunk == kChunks - 1) {
-      tile_ += tile_step_;
-      weight_ += int64_t{tile_step_} * (kTileRows / 2) * arguments_.k;
-      scale_ += int64_t{tile_step_} * kTileRows * num_blocks();
-    }
-  }
-
- private:
-  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
-  __device__ __forceinline__ int num_blocks() const { return arguments_.k / kBlockSize; }
-
-  __device__ __forceinline__ void copy(int chunk, unsigned char* weight, StageScales& scales) const {
-    const uint8_t* const source = weight_ + chunk * kWarps * kChunkBytes;
-#pragma unroll
-    for (int i = 0; i < kTileRows / 4; ++i) {  // Rows lane / 8 + 4 i: all have the same remainder of 4.
-      copy_16_bytes_async(
-          weight + i * 4 * kChunkBytes + lane() / 8 * kChunkBytes + piece_offset(lane() / 8, lane() % 8),
-          source + int64_t{i} * 2 * arguments_.k);
-    }
-    const int row = lane() % kTileRows;
-    const int64_t scale = scale_ + chunk * kWarps * kChunkBlocks;
-    if constexpr (kIsNested) {
-      const void* const codes = arguments_.scales.codes + scale;
-      const void* const nested = arguments_.scales.nested_absmax + scale / kNestedBlockSize;
-      const bool is_codes = lane() < kTileRows;
-      copy_4_bytes_async(is_codes ? static_cast<void*>(scales.nested.codes[row]) : &scales.nested.absmax[row],
-                         is_codes ? codes : nested);
-    } else {
-      const int first = lane() / kTileRows * 2;
-      copy_4_bytes_async(&scales.absmax[row][first], arguments_.scales.absmax + scale + first);
-      copy_4_bytes_async(&scales.absmax[row][first + 1], arguments_.scales.absmax + scale + first + 1);
-    }
-  }
-
-  // The same for rows behind the last, which repeat it, and for addresses that no asynchronous copy takes.
-  static __device__ __noinline__ void copy_plainly(const Arguments& arguments, int tile, int chunk,
-                                                   unsigned char* weight, StageScales& scales) {
-    for (int i = 0; i < kTileRows / 4; ++i) {
-      const int row = i * 4 + lane() / 8;
-      const int64_t source_row = min(tile * kTileRows + row, arguments.n - 1);
-      *reinterpret_cast<uint4*>(weight + row * kChunkBytes + piece_offset(row, lane() % 8)) = load_16_unaligned_bytes(
-          arguments.packed + source_row * (arguments.k / 2) + chunk * kChunkBytes + lane() % 8 * 16);
-    }
-    if (lane() >= kTileRows) return;
-    const int64_t source_row = min(tile * kTileRows + lane(), arguments.n - 1);
-    const int64_t scale = source_row * (arguments.k / kBlockSize) + chunk * kChunkBlocks;
-    for (int i = 0; i < kChunkBlocks; ++i) {
-      if constexpr (kIsNested) {
-        scales.nested.codes[lane()][i] = arguments.scales.codes[scale + i];
-      } else {
-        scales.absmax[lane()][i] = arguments.scales.absmax[scale + i];
-      }
-    }
-    if constexpr (kIsNested) {
-      scales.nested.absmax[lane()] = arguments.scales.nested_absmax[scale / kNestedBlockSize];
-    }
-  }
-
-  const Arguments& arguments_;
-  int tile_;
-  int tile_step_;
-  int whole_tile_end_;  // behind it, copy_plainly
-  int first_chunk_;
-  int chunk_end_;
-  const uint8_t* weight_;  // this lane's piece of the tile's first rows and the first chunk
-  int64_t scale_;          // index of this lane's row's first scale there
-};
-
-// The columns of x that this lane multiplies: of block b, its 16, for token group + 8 q; 0 behind the last token.
-template <int kTokens>
-struct Fragments {
-  uint32_t words[kChunkBlocks][kTokens / 8][8];
-};
-
-template <int kTokens>
-__device__ __forceinline__ void load_x(const Arguments& arguments, int block, Fragments<kTokens>& x) {
-  const int group = threadIdx.x % 32 / 4;
-  const int i = threadIdx.x % 4;
-#pragma unroll
-  for (int q = 0; q < kTokens / 8; ++q) {
-    const int token = q * 8 + group;
-    const uint8_t* const row = static_cast<const uint8_t*>(arguments.x) + int64_t{token} * arguments.k * 2;
-#pragma unroll
-    for (int b = 0; b < kChunkBlocks; ++b) {
-      const uint8_t* const source = row + ((block + b) * kBlockSize + i * 16) * 2;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (token < arguments.m) {
-          v = arguments.is_x_aligned ? *reinterpret_cast<const uint4*>(source + half * 16)
-                                     : load_16_unaligned_bytes(source + half * 16);
-        }
-        uint32_t* const words = x.words[b][q] + half * 4;
-        words[0] = v.x;
-        words[1] = v.y;
-        words[2] = v.z;
-        words[3] = v.w;
-      }
-    }
-  }
-}
-
-// sums += a stage's 16 x 256 piece of W times x.
-template <typename T, int kTokens, bool kIsNested>
-__device__ __forceinline__ void multiply_stage(const unsigned char* weight, const StageScales& stage,
-                                               const PairTable<T>& table, const float* nested_code, float nested_offset,
-                                               float table_scale_inverse, const Fragments<kTokens>& x,
-                                               float (&sums)[kTokens / 8][4]) {
-  const int lane = threadIdx.x % 32;
-  const int group = lane / 4;
-  const int i = lane % 4;
-  // Lane i of a quad decodes the scales of block i, for its two rows; the others get them by shuffles.
-  float scales[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = group + 8 * h;
-    float scale;
-    if constexpr (kIsNested) {
-      scale = __fadd_rn(__fmul_rn(nested_code[stage.nested.codes[row][i]], stage.nested.absmax[row]), nested_offset);
-    } else {
-      scale = stage.absmax[row][i];
-    }
-    scales[h] = scale * table_scale_inverse;
-  }
-#pragma unroll
-  for (int b = 0; b < kChunkBlocks; ++b) {
-    const unsigned char* const source = weight + group * kChunkBytes + (b ^ group % 4) * 32 + i * 8;
-    const uint2 low = *reinterpret_cast<const uint2*>(source);
-    const uint2 high = *reinterpret_cast<const uint2*>(source + 8 * kChunkBytes);
-    const float scale_low = __shfl_sync(0xFFFFFFFFu, scales[0], b, 4);
-    const float scale_high = __shfl_sync(0xFFFFFFFFu, scales[1], b, 4);
-    add_block_product<T, kTokens>(low, high, scale_low, scale_high, table, x.words[b], sums);
-  }
-}
+using namespace skinny;
 
 template <typename T>
-__device__ __forceinline__ void store_output(const Arguments& arguments, int token, int row, float sum) {
-  if (row >= arguments.n || token >= arguments.m) return;
-  if (arguments.bias != nullptr) sum += to_float(static_cast<const T*>(arguments.bias)[row]);
-  static_cast<T*>(arguments.y)[int64_t{token} * arguments.n + row] = from_float<T>(sum);
+__device__ __forceinline__ void store_output(const Member& member, int m, int token, int row, float sum) {
+  if (row >= member.n || token >= m) return;
+  if (member.bias != nullptr) sum += to_float(static_cast<const T*>(member.bias)[row]);
+  static_cast<T*>(member.y)[int64_t{token} * member.n + row] = from_float<T>(sum);
 }
 
-template <typename T, int kTokens, int kChunks, bool kIsNested>
-__global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_constant__ Arguments arguments,
+template <typename T, int kTokens, int kChunks, bool kIsNested, int kMembers>
+__global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_constant__ Arguments<kMembers> arguments,
                                                              const __grid_constant__ CodeValues values) {
 #if __CUDA_ARCH__ >= 900
   namespace cg = cooperative_groups;
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  Shared<kTokens>& shared = *reinterpret_cast<Shared<kTokens>*>(shared_bytes);
+  auto& shared = *reinterpret_cast<Shared<kTokens, kIsNested, kMembers>*>(shared_bytes);
   unsigned char* const table_bytes = shared_bytes + (kTableAlignment - shared_address(shared_bytes) % kTableAlignment);
   const cg::cluster_group cluster = cg::this_cluster();
   const int warp = threadIdx.x / 32;
@@ -283,28 +61,37 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
   const int rank = blockIdx.x & (split - 1);
   const int cluster_index = blockIdx.x >> arguments.log2_split;
   const int num_clusters = gridDim.x >> arguments.log2_split;
-  const int num_tiles = (arguments.n + kTileRows - 1) / kTileRows;
   const int num_chunks = arguments.k / kChunkCols;
   const int chunk_begin = num_chunks * rank >> arguments.log2_split;
   const int chunk_end = num_chunks * (rank + 1) >> arguments.log2_split;
 
   const int first_chunk = chunk_begin + warp;
-  Fetcher<kChunks, kIsNested> fetcher(arguments, cluster_index, num_clusters, first_chunk, chunk_end);
+  Fetcher<kChunks, kIsNested, kMembers> fetcher(arguments, cluster_index, num_clusters, first_chunk, chunk_end);
   // The next tile into L2, ahead of the copies: more bytes are under way than the ring holds. It is all that may be
   // done before the kernels before this one in the stream have ended, since they may write the weight.
   const auto prefetch = [&](int tile) {
-    if (warp != 0 || !arguments.is_weight_aligned) return;
-    const int row = tile * kTileRows + threadIdx.x;
-    if (threadIdx.x >= kTileRows || row >= arguments.n) return;
-    prefetch_to_l2(arguments.packed + int64_t{row} * (arguments.k / 2) + chunk_begin * kChunkBytes,
+    if (threadIdx.x >= kTileRows) return;
+    const int member = arguments.member_of(tile);
+    const Member& source = arguments.members[member];
+    const int row = arguments.first_row(member, tile) + threadIdx.x;
+    if (row >= source.num_whole_tiles * kTileRows) return;
+    prefetch_to_l2(source.packed + int64_t{row} * (arguments.k / 2) + chunk_begin * kChunkBytes,
                    (chunk_end - chunk_begin) * kChunkBytes);
   };
   prefetch(cluster_index);
   PairTable<T>::template fill<kThreads>(table_bytes, values);
   cudaGridDependencySynchronize();
   // All that is read first is asked for before any of it is waited for.
-  if (kIsNested && threadIdx.x < 256) {
-    copy_4_bytes_async(&shared.nested_code[threadIdx.x], arguments.scales.nested_code + threadIdx.x);
+  if constexpr (kIsNested) {
+#pragma unroll
+    for (int member = 0; member < kMembers; ++member) {
+      const Scales& scales = arguments.members[member].scales;
+      if (threadIdx.x < 256) {
+        copy_4_bytes_async(&shared.nested_code[member][threadIdx.x], scales.nested_code + threadIdx.x);
+      } else if (kMembers > 1 && threadIdx.x == 256) {
+        copy_4_bytes_async(&shared.nested_offset[member], scales.nested_offset);
+      }
+    }
   }
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) fetcher.next(step % kChunks, ring[step], shared.scales[warp][step]);
@@ -314,16 +101,19 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
     const int chunk = first_chunk + c * kWarps;
     if (chunk < chunk_end) load_x<kTokens>(arguments, chunk * kChunkBlocks, x[c]);
   }
-  const float nested_offset = kIsNested ? *arguments.scales.nested_offset : 0.0f;
-  wait_for_copies<kStages - 2>();  // nested_code went with the first
+  // That of a single weight stays in a register.
+  const float only_offset = kIsNested && kMembers == 1 ? *arguments.members[0].scales.nested_offset : 0.0f;
+  wait_for_copies<kStages - 2>();  // nested_code and nested_offset went with the first
   __syncthreads();
   cudaTriggerProgrammaticLaunchCompletion();  // The next kernel may be set up; it waits for this one where it reads.
 
   const PairTable<T> table(table_bytes);
   int stage = 0;
   int turn = 0;
-  for (int tile = cluster_index; tile < num_tiles; tile += num_clusters, ++turn) {
+  for (int tile = cluster_index; tile < arguments.num_tiles; tile += num_clusters, ++turn) {
     prefetch(tile + num_clusters);
+    const int member = arguments.member_of(tile);
+    const float nested_offset = kIsNested && kMembers > 1 ? shared.nested_offset[member] : only_offset;
     float sums[kTokens / 8][4] = {};
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -332,8 +122,9 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
       const int free_stage = stage == 0 ? kStages - 1 : stage - 1;
       fetcher.next((c + kStages - 1) % kChunks, ring[free_stage], shared.scales[warp][free_stage]);
       if (first_chunk + c * kWarps < chunk_end) {
-        multiply_stage<T, kTokens, kIsNested>(ring[stage], shared.scales[warp][stage], table, shared.nested_code,
-                                              nested_offset, arguments.table_scale_inverse, x[c], sums);
+        multiply_stage<T, kTokens, kIsNested>(ring[stage], shared.scales[warp][stage], table,
+                                              shared.nested_code[kIsNested ? member : 0], nested_offset,
+                                              arguments.table_scale_inverse, x[c], sums);
       }
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
@@ -356,20 +147,22 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_kernel(const __grid_consta
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += partial[w][token][row];
       if (split == 1) {
-        store_output<T>(arguments, token, tile * kTileRows + row, sum);
+        store_output<T>(arguments.members[member], arguments.m, token, arguments.first_row(member, tile) + row, sum);
       } else {
         shared.exchange[slot][token][row] = sum;
       }
     }
-    if (split > 1 && (slot == kTilesPerExchange - 1 || tile + num_clusters >= num_tiles)) {
+    if (split > 1 && (slot == kTilesPerExchange - 1 || tile + num_clusters >= arguments.num_tiles)) {
       cluster.sync();
       const int num_sums = (slot + 1) * kTileRows * kTokens;
       for (int index = rank * kThreads + threadIdx.x; index < num_sums; index += split * kThreads) {
         float sum = 0.0f;
         for (int r = 0; r < split; ++r) sum += cluster.map_shared_rank(&shared.exchange[0][0][0], r)[index];
         const int turns_ago = slot - index / (kTileRows * kTokens);
-        const int row = (tile - turns_ago * num_clusters) * kTileRows + index % kTileRows;
-        store_output<T>(arguments, index / kTileRows % kTokens, row, sum);
+        const int summed_tile = tile - turns_ago * num_clusters;
+        const int owner = arguments.member_of(summed_tile);
+        const int row = arguments.first_row(owner, summed_tile) + index % kTileRows;
+        store_output<T>(arguments.members[owner], arguments.m, index / kTileRows % kTokens, row, sum);
       }
       cluster.sync();
     }
@@ -387,13 +180,10 @@ struct Plan {
 
 int max_chunks(int tokens) { return tokens == 8 ? 2 : 1; }  // what registers hold of x
 
-int tokens_of(const Gemm& problem) { return problem.m <= 8 ? 8 : kMaxTokens; }
-
 // The smallest cluster whose warps hold x; larger where the tiles of 16 rows alone leave multiprocessors idle.
-Plan plan_of(const Gemm& problem, const Device& device) {
-  const int tokens = tokens_of(problem);
-  const int64_t num_chunks = problem.weight.cols / kChunkCols;
-  const int64_t num_tiles = ceil_div(problem.weight.rows, kTileRows);
+Plan plan_of(int64_t m, int64_t k, int64_t num_tiles, const Device& device) {
+  const int tokens = m <= 8 ? 8 : kMaxTokens;
+  const int64_t num_chunks = k / kChunkCols;
   int split = 1;
   while (num_chunks > int64_t{split} * kWarps * max_chunks(tokens)) split *= 2;
   while (split < kMaxSplit && num_tiles * split * 2 <= device.num_multiprocessors && num_chunks >= 2 * split * 4) {
@@ -443,6 +233,63 @@ int count_clusters(const void* kernel, int split) {
   return count;
 }
 
+int64_t num_tiles_of(const Gemm& problem) { return ceil_div(problem.weight.rows, kTileRows); }
+
+Member member_of(const Gemm& problem, int64_t first_tile) {
+  const qlora_weight_4bit& weight = problem.weight;
+  Member member = {};
+  member.packed = static_cast<const uint8_t*>(weight.packed);
+  member.scales = scales_of(weight);
+  member.bias = problem.bias;
+  member.y = problem.output;
+  member.n = static_cast<int>(weight.rows);
+  member.first_tile = static_cast<int>(first_tile);
+  const bool is_weight_aligned = is_aligned(weight.packed, 16) && is_aligned(weight.absmax_codes, 4);
+  member.num_whole_tiles = is_weight_aligned ? member.n / kTileRows : 0;
+  return member;
+}
+
+template <int kMembers>
+void launch_members(const Gemm* problems, int count, const Device& device, cudaStream_t stream) {
+  const Gemm& first = problems[0];
+  Arguments<kMembers> arguments = {};
+  int64_t num_tiles = 0;
+  for (int i = 0; i < count; ++i) {
+    arguments.members[i] = member_of(problems[i], num_tiles);
+    num_tiles += num_tiles_of(problems[i]);
+  }
+  for (int i = count; i < kMembers; ++i) {
+    arguments.members[i] = member_of(first, num_tiles);
+    arguments.members[i].num_whole_tiles = 0;
+  }
+  const Plan plan = plan_of(first.m, first.weight.cols, num_tiles, device);
+  arguments.log2_split = log2_of(plan.split);
+  arguments.x = first.input;
+  arguments.m = static_cast<int>(first.m);
+  arguments.k = static_cast<int>(first.weight.cols);
+  arguments.num_tiles = static_cast<int>(num_tiles);
+  arguments.is_x_aligned = is_aligned(first.input, 16);
+  const Format format = first.weight.format == QLORA_NF4 ? Format::kNF4 : Format::kFP4;
+  dispatch_dtype(first.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (!std::is_same_v<T, float>) {
+      arguments.table_scale_inverse = 1.0f / PairTable<T>::scale(format);
+      dispatch_bool(is_nested(first.weight), [&](auto nested) {
+        dispatch_plan(plan, [&](auto tokens, auto chunks) {
+          const auto kernel = skinny_kernel<T, tokens(), chunks(), nested(), kMembers>;
+          const auto* const pointer = reinterpret_cast<const void*>(kernel);
+          allow_shared_bytes(device, pointer, kSharedBytes);
+          const int most = remember(device, pointer, plan.split, count_clusters);
+          std::array<cudaLaunchAttribute, 2> attributes = {};
+          const cudaLaunchConfig_t config =
+              launch_config(static_cast<int>(std::min<int64_t>(most, num_tiles)), plan.split, stream, attributes);
+          check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, PairTable<T>::values(format)), "skinny_kernel");
+        });
+      });
+    }
+  });
+}
+
 }  // namespace
 
 bool supports_skinny_sm90(const Gemm& problem, const Device& device, std::string* why_not) {
@@ -461,48 +308,37 @@ bool supports_skinny_sm90(const Gemm& problem, const Device& device, std::string
   if (weight.cols < 1 || weight.cols % kChunkCols != 0 || weight.cols > max_cols) {
     return refuse(why_not, "k: expected a multiple of ", kChunkCols, " up to ", max_cols);
   }
-  const void* const any = reinterpret_cast<const void*>(skinny_kernel<__nv_bfloat16, 8, 1, true>);
+  const void* const any = reinterpret_cast<const void*>(skinny_kernel<__nv_bfloat16, 8, 1, true, 1>);
   if (!is_compiled_for_sm90(device, any))
     return refuse(why_not, "expected a libqlora built for this GPU's architecture (QLORA_CUDA_ARCHS)");
   return true;
 }
 
 void skinny_sm90(const Gemm& problem, const Device& device, cudaStream_t stream) {
-  const Plan plan = plan_of(problem, device);
-  const qlora_weight_4bit& weight = problem.weight;
-  const bool is_nested = weight.absmax_codes != nullptr;
-  Arguments arguments = {};
-  arguments.packed = static_cast<const uint8_t*>(weight.packed);
-  arguments.scales = scales_of(weight);
-  arguments.log2_split = log2_of(plan.split);
-  arguments.x = problem.input;
-  arguments.bias = problem.bias;
-  arguments.y = problem.output;
-  arguments.m = static_cast<int>(problem.m);
-  arguments.n = static_cast<int>(weight.rows);
-  arguments.k = static_cast<int>(weight.cols);
-  arguments.is_weight_aligned = is_aligned(weight.packed, 16) && is_aligned(weight.absmax_codes, 4);
-  arguments.is_x_aligned = is_aligned(problem.input, 16);
-  const Format format = weight.format == QLORA_NF4 ? Format::kNF4 : Format::kFP4;
-  dispatch_dtype(problem.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    if constexpr (!std::is_same_v<T, float>) {
-      arguments.table_scale_inverse = 1.0f / PairTable<T>::scale(format);
-      dispatch_bool(is_nested, [&](auto nested) {
-        dispatch_plan(plan, [&](auto tokens, auto chunks) {
-          const auto kernel = skinny_kernel<T, tokens(), chunks(), nested()>;
-          const int64_t num_tiles = ceil_div(weight.rows, kTileRows);
-          const auto* const pointer = reinterpret_cast<const void*>(kernel);
-          allow_shared_bytes(device, pointer, kSharedBytes);
-          const int most = remember(device, pointer, plan.split, count_clusters);
-          std::array<cudaLaunchAttribute, 2> attributes = {};
-          const cudaLaunchConfig_t config =
-              launch_config(static_cast<int>(std::min<int64_t>(most, num_tiles)), plan.split, stream, attributes);
-          check_cuda(cudaLaunchKernelEx(&config, kernel, arguments, PairTable<T>::values(format)), "skinny_kernel");
-        });
-      });
+  launch_members<1>(&problem, 1, device, stream);
+}
+
+bool supports_skinny_sm90_group(const Gemm* problems, int count, const Device& device, std::string* why_not) {
+  if (count < 1 || count > kMaxMembers) return refuse(why_not, "expected 1 to ", kMaxMembers, " weights, got ", count);
+  const Gemm& first = problems[0];
+  int64_t num_tiles = 0;
+  for (int i = 0; i < count; ++i) {
+    const Gemm& problem = problems[i];
+    if (!supports_skinny_sm90(problem, device, why_not)) return false;
+    const bool is_alike = problem.weight.cols == first.weight.cols && problem.weight.format == first.weight.format &&
+                          problem.m == first.m && problem.dtype == first.dtype && problem.input == first.input;
+    if (!is_alike) return refuse(why_not, "expected one input and one format of all weights");
+    if (is_nested(problem.weight) != is_nested(first.weight)) {
+      return refuse(why_not, "expected scales that are all double-quantised or all plain");
     }
-  });
+    num_tiles += num_tiles_of(problem);
+  }
+  if (num_tiles > INT32_MAX / kTileRows) return refuse(why_not, "n: expected 2^31 rows at most in all");
+  return true;
+}
+
+void skinny_sm90_group(const Gemm* problems, int count, const Device& device, cudaStream_t stream) {
+  launch_members<kMaxMembers>(problems, count, device, stream);
 }
 
 }  // namespace qlora

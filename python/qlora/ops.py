@@ -30,6 +30,7 @@ from torch import Tensor
 from . import _checks, _library
 from ._checks import FLOATS
 from .format import DEFAULT_BLOCK_SIZE, nested_quant_map, num_blocks, num_nested_blocks, num_packed_bytes
+from .group_ops import linear_4bit_group
 from .lora_ops import lora_linear_4bit, lora_linear_4bit_backward
 
 _library.load()
@@ -40,6 +41,7 @@ __all__ = [
     "embedding_4bit",
     "linear_4bit",
     "linear_4bit_grad_input",
+    "linear_4bit_group",
     "lora_linear_4bit",
     "lora_linear_4bit_backward",
     "quantize_4bit",

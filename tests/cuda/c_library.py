@@ -90,3 +90,39 @@ def lora_workspace_size(
     )
     assert status == OK, last_error()
     return size.value
+
+
+def explain_group(weights: list[Weight4bit], m: int, dtype: torch.dtype, *, size: int = 4096) -> str:
+    text = ctypes.create_string_buffer(size)
+    status = library().qlora_explain_linear_4bit_group(
+        (Weight4bit * len(weights))(*weights),
+        ctypes.c_int64(len(weights)),
+        ctypes.c_int64(m),
+        DTYPES[dtype],
+        0,
+        text,
+        ctypes.c_int64(size),
+    )
+    assert status == OK, last_error()
+    return text.value.decode()
+
+
+def group_workspace_size(
+    weights: list[Weight4bit], m: int, dtype: torch.dtype, has_bias: list[bool] | None = None
+) -> int:
+    """Raises AssertionError with the library's text where it refuses."""
+    size = ctypes.c_int64(-1)
+    biases = None
+    if has_bias is not None:
+        biases = (ctypes.c_void_p * len(weights))(*(1 if has else None for has in has_bias))
+    status = library().qlora_linear_4bit_group_workspace_size(
+        (Weight4bit * len(weights))(*weights),
+        ctypes.c_int64(len(weights)),
+        ctypes.c_int64(m),
+        DTYPES[dtype],
+        biases,
+        0,
+        ctypes.byref(size),
+    )
+    assert status == OK, last_error()
+    return size.value

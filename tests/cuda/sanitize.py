@@ -120,6 +120,30 @@ def drive_loras() -> None:
         torch.cuda.synchronize()
 
 
+def drive_group(rows: tuple[int, ...], k: int, m: int, dtype: torch.dtype) -> None:
+    """linear_4bit_group in one launch; plain and nested; aligned and not."""
+    os.environ["QLORA_LINEAR_KERNEL"] = "skinny_sm90"
+    form = {"block_size": 64, "quant_type": "nf4"}
+    pairs = [ops.quantize_4bit(torch.randn(n, k, device="cuda"), **form) for n in rows]
+    packed, absmax = ([pair[i] for pair in pairs] for i in (0, 1))
+    codes, *tensors = (list(column) for column in zip(*map(ops.quantize_absmax, absmax), strict=True))
+    nested = dict(zip(("nested_absmax", "nested_quant_map", "nested_offset"), tensors, strict=True))
+    bias = [None, *(torch.ones(n, device="cuda", dtype=dtype) for n in rows[1:])]
+    x = torch.randn(m, k, device="cuda").to(dtype)
+    for scales, extra in ((absmax, {}), (codes, nested)):
+        ops.linear_4bit_group(x, packed, scales, rows, **form, **extra, bias=bias)
+        ops.linear_4bit_group(
+            shifted(x), [packed[0], *map(shifted, packed[1:])], scales, rows, **form, **extra
+        )
+
+
+def drive_groups() -> None:
+    for rows, k in (((7, 16, 33), 256), ((264, 17), 5120), ((40, 5, 24), 16384)):
+        for m in (1, 13):
+            drive_group(rows, k, m, torch.bfloat16)
+    torch.cuda.synchronize()
+
+
 def drive_formats() -> None:
     for shape, dtype, quant_type in itertools.product(SHAPES, DTYPES, QUANT_TYPES):
         for block_size in (32, 64, 256, 512, 4096):
@@ -161,10 +185,12 @@ def parts() -> dict[str, Callable[[], None]]:
     kernels = ["skinny_sm80"]
     kernels += ["skinny_sm90"] if capability >= (9, 0) else []
     kernels += ["narrow_sm90", "wide_sm90", "wide_grad_sm90"] if capability == (9, 0) else []
+    groups = {"groups": drive_groups} if capability >= (9, 0) else {}
     return {
         "formats": drive_formats,
         "linears": drive_linears,
         "lora": drive_loras,
+        **groups,
         **{kernel: partial(drive_fused_kernel, kernel) for kernel in kernels},
     }
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import QUANT_TYPES, as_tuple, make_call, make_weight, randn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map_only
 
 from assertions import assert_bitwise_equal
+from op_cases import QUANT_TYPES, as_tuple, make_call, make_weight, randn
 from qlora import ops
 
 OPS = (
@@ -18,6 +18,7 @@ OPS = (
     "dequantize_absmax",
     "linear_4bit",
     "linear_4bit_grad_input",
+    "linear_4bit_group",
     "lora_linear_4bit",
     "lora_linear_4bit_backward",
     "embedding_4bit",
@@ -71,7 +72,10 @@ def test_compiles_as_one_graph_with_equal_bits(name: str, device: str) -> None:
     assert_same(compiled(*call.tensors), expected)
 
 
-@pytest.mark.parametrize("name", ["quantize_4bit", "linear_4bit", "linear_4bit_grad_input", "embedding_4bit"])
+@pytest.mark.parametrize(
+    "name",
+    ["quantize_4bit", "linear_4bit", "linear_4bit_grad_input", "linear_4bit_group", "embedding_4bit"],
+)
 def test_compiles_once_for_every_leading_size(name: str, device: str) -> None:
     call = make_call(name, device)
     counter = CompileCounterWithBackend("aot_eager")

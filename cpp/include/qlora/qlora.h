@@ -201,6 +201,30 @@ QLORA_API qlora_status qlora_linear_4bit_cuda(const void* x, int64_t m, qlora_dt
 QLORA_API qlora_status qlora_linear_4bit_workspace_size(const qlora_weight_4bit* weight, int64_t m, qlora_dtype dtype,
                                                         int is_grad, int has_bias, int32_t device, int64_t* size);
 
+/// A group: ys[i] = x weights[i]^T + biases[i] for weights that share x, in one launch where a kernel can. The members'
+/// sums may be split over k otherwise than in qlora_linear_4bit_cuda, hence differ from its in their rounding.
+/// \param[in]  x        [m, cols] of `dtype`, contiguous.
+/// \param[in]  weights  [count], each of the same cols.
+/// \param[in]  count    At least 1.
+/// \param[in]  biases   [count] pointers on the host, each to [rows of its weight] of `dtype` or null; null: no biases.
+/// \param[out] ys       [count] pointers on the host, each to [m, rows of its weight] of `dtype`, contiguous, none
+///                      overlapping another.
+/// \param[in] workspace, workspace_size  As for qlora_linear_4bit_cuda, of the size of the function below.
+QLORA_API qlora_status qlora_linear_4bit_group_cuda(const void* x, int64_t m, qlora_dtype dtype,
+                                                    const qlora_weight_4bit* weights, int64_t count,
+                                                    const void* const* biases, void* const* ys, void* workspace,
+                                                    int64_t workspace_size, int32_t device, qlora_stream stream);
+/// \param[in]  biases  As above; only which of them are null is read.
+/// \param[out] size    Bytes.
+QLORA_API qlora_status qlora_linear_4bit_group_workspace_size(const qlora_weight_4bit* weights, int64_t count,
+                                                              int64_t m, qlora_dtype dtype, const void* const* biases,
+                                                              int32_t device, int64_t* size);
+
+/// Writes "one launch by <kernel>" or "one after the other: <reason>", then for each weight what
+/// qlora_explain_linear_4bit says of it. Parameters as there.
+QLORA_API qlora_status qlora_explain_linear_4bit_group(const qlora_weight_4bit* weights, int64_t count, int64_t m,
+                                                       qlora_dtype dtype, int32_t device, char* text, int64_t size);
+
 /// \param[in]  dy  [m, rows] of `dtype`, contiguous.
 /// \param[out] dx  [m, cols] of `dtype`, contiguous.
 /// Units of the CPU form: columns of the weight (columns of dx).

@@ -49,15 +49,21 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     result: dict[str, Any] = environment()
     if arguments.what == "train":
-        result["figures"] = _bench_train(arguments)
+        _bench_train(arguments, result)
     elif arguments.what == "generate":
-        result["figures"] = _bench_generate(arguments)
+        _bench_generate(arguments, result)
     else:
         result["figures"] = _bench_kernels(arguments, result)
+        _write(arguments, result)
     print(f"{result['gpu']}, {result['versions']}, {result['date']}")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def _write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    from qlora.files import write_json
+
+    if arguments.json is not None:
+        write_json(arguments.json, result)
 
 
 def environment() -> dict[str, Any]:
@@ -106,28 +112,36 @@ def _bench_kernels(arguments: argparse.Namespace, result: dict[str, Any]) -> lis
     return figures
 
 
-def _bench_train(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _bench_train(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     options = ["--cases", arguments.cases or "1x2048,4x2048"]
     options += ["--targets", arguments.targets, "--rank", str(arguments.rank)]
-    return _bench_stacks("train_step", arguments, options)
+    _bench_stacks("train_step", arguments, options, result)
 
 
-def _bench_generate(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    return _bench_stacks("generation", arguments, ["--batches", arguments.cases or "1,16"])
+def _bench_generate(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    _bench_stacks("generation", arguments, ["--batches", arguments.cases or "1,16"], result)
 
 
-def _bench_stacks(module: str, arguments: argparse.Namespace, options: list[str]) -> list[dict[str, Any]]:
-    """Runs `qlora.bench.<module>` for each stack in a process of its own; prints the table of their cases."""
+def _bench_stacks(
+    module: str, arguments: argparse.Namespace, options: list[str], result: dict[str, Any]
+) -> None:
+    """Runs `qlora.bench.<module>` for each stack in a process of its own, over one checkpoint.
+
+    A stack's cases are printed and written with those before it when it is done, so that a run that is cut off has
+    shown what it has measured; in the end comes a table of all.
+    """
     from qlora.bench.llama import make_llama3_8b
 
-    figures = []
+    figures: list[dict[str, Any]] = []
+    result["figures"] = figures
+    stacks = arguments.stacks.split(",")
     with tempfile.TemporaryDirectory() as scratch:
         model = arguments.model
         if model is None:
             model = Path(scratch)
             make_llama3_8b(model)
             _release_gpu()
-        for stack in arguments.stacks.split(","):
+        for stack in stacks:
             command = [sys.executable, "-m", f"qlora.bench.{module}", stack, str(model), *options]
             process = subprocess.run(command, check=False, capture_output=True, text=True)
             if process.returncode != 0:
@@ -137,10 +151,13 @@ def _bench_stacks(module: str, arguments: argparse.Namespace, options: list[str]
                 )
                 continue
             run_result = json.loads(process.stdout.splitlines()[-1])
-            for case in run_result.pop("cases"):
-                figures.append({**run_result, **case})
-    _print_table(figures)
-    return figures
+            cases = [{**run_result, **case} for case in run_result.pop("cases")]
+            figures += cases
+            _print_table(cases)
+            _write(arguments, result)
+    _write(arguments, result)
+    if len(stacks) > 1:
+        _print_table(figures)
 
 
 def _release_gpu() -> None:

@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from ..config import QuantConfig
 from ..nn import convert
+from ..nn.group import link_groups
 from ..nn.linear import Linear4bit
 from ..nn.module import Module4bit
 from ..nn.params import Params4bit, plain_tensor
@@ -239,6 +240,7 @@ class QloraHfQuantizer(HfQuantizer):
             announce(model)
             return model
         self._finish(model)
+        link_groups(model)
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             # Saving runs the conversions backwards; ours has nothing to undo, since `state_dict` is the stored layout.

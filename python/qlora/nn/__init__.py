@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .convert import dequantize_, quantize_
 from .embedding import Embedding4bit, EmbeddingFP4, EmbeddingNF4
+from .group import link_groups, unlink_groups
 from .linear import Linear4bit, LinearFP4, LinearNF4
 from .module import Module4bit
 from .params import Params4bit
@@ -24,6 +25,8 @@ __all__ = [
     "QuantState",
     "Report",
     "dequantize_",
+    "link_groups",
     "quantize_",
     "report",
+    "unlink_groups",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import QuantConfig
 from .embedding import Embedding4bit
+from .group import link_groups
 from .linear import Linear4bit
 from .module import Module4bit
 from .report import KEPT_ATTRIBUTE, Report, format_bytes, report
@@ -244,6 +245,7 @@ def quantize_(
     if device is not None:
         model.to(device)
     setattr(model, KEPT_ATTRIBUTE, reasons)
+    link_groups(model)
     for callback in after_quantize:
         callback(model, config)
     found = report(model)

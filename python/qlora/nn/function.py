@@ -21,6 +21,7 @@ from .._checks import FLOATS
 from .quant_state import QuantState, scale_operands
 
 _linear_4bit = torch.ops.qlora.linear_4bit.default
+_linear_4bit_group = torch.ops.qlora.linear_4bit_group.default
 _linear_4bit_grad_input = torch.ops.qlora.linear_4bit_grad_input.default
 _lora_linear_4bit = torch.ops.qlora.lora_linear_4bit.default
 
@@ -29,11 +30,41 @@ def linear(x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) ->
     """y = x W^T + bias: [..., k] -> [..., n] of x's dtype, in which bias [n] is."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _forward(x, weight, state, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if needs_gradient(x) or (bias is not None and needs_gradient(bias)):
         result: Tensor = _Linear.apply(x, weight, state, bias)
         return result
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(x, weight, state, bias)
+
+
+def needs_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def group_linear(x: Tensor, operands: list[tuple[Tensor, QuantState, Tensor | None]]) -> list[Tensor]:
+    """`linear` of x [..., k] with each (weight, state, bias), without a gradient. All states are of one format."""
+    first = operands[0][1]
+    scales = [scale_operands(state) for _, state, _ in operands]
+    absmax, *nested = zip(*scales, strict=True)
+    if not first.nested:
+        nested = [(), (), ()]
+    compiling = torch.compiler.is_compiling()
+    with (
+        torch._C.DisableTorchFunctionSubclass(),
+        nullcontext() if compiling else torch._C._AutoDispatchBelowAutograd(),
+    ):
+        products: list[Tensor] = _linear_4bit_group(
+            x,
+            [weight for weight, _, _ in operands],
+            absmax,
+            *nested,
+            [bias for _, _, bias in operands if bias is not None],
+            [i for i, operand in enumerate(operands) if operand[2] is not None],
+            [state.shape[0] for _, state, _ in operands if state.shape is not None],
+            first.blocksize,
+            first.quant_type,
+        )
+    return products
 
 
 def lora_linear(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from . import function
 from .module import Module4bit
 from .params import Params4bit
 from .quant_state import QuantState
+
+if TYPE_CHECKING:
+    from .group import Group
 
 
 class Linear4bit(Module4bit, torch.nn.Linear):  # type: ignore[misc]  # weight is a Params4bit
@@ -35,6 +38,9 @@ class Linear4bit(Module4bit, torch.nn.Linear):  # type: ignore[misc]  # weight i
     Forward: x float32, float16 or bfloat16 [..., k] -> [..., n]. Raises ValueError for another last dimension and
     RuntimeError while the weight is not quantised.
     """
+
+    #: The group of the layers that share this one's input, and its index there (group.py).
+    _group: tuple[Group, int] | None = None
 
     def __init__(
         self,
@@ -67,6 +73,11 @@ class Linear4bit(Module4bit, torch.nn.Linear):  # type: ignore[misc]  # weight i
     def forward(self, input: Tensor) -> Tensor:
         compute_dtype, result_dtype = self.dtypes(input)
         x, state, bias = self._operands(input, compute_dtype)
+        if self._group is not None and x is input and compute_dtype == result_dtype:
+            group, index = self._group
+            product = group.product(index, self, x, state, bias)
+            if product is not None:
+                return product
         result = function.linear(x, self.weight, state, bias)
         return result if compute_dtype == result_dtype else result.to(result_dtype)
 

@@ -50,6 +50,7 @@ class Module4bit(torch.nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_quant_state", None)  # the weight carries it
+        state.pop("_group", None)  # of other layers than a copy's siblings
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
