@@ -9,7 +9,7 @@ from torch import Tensor
 
 from assertions import assert_within
 from op_cases import Weight, linear_tolerance, make_weight, randn
-from qlora import ops
+from qlora import ops, reference
 from qlora.lora_ops import left_columns
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -100,8 +100,11 @@ def check_lora(case: Case, left: Tensor, y: Tensor, gradients: list[Tensor]) -> 
     half = torch.finfo(dtype).eps / 2 if dtype is not torch.float32 else 0.0
     floor = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * 4
 
-    exact_left, size_left = s * narrow @ a.T, s * narrow.abs() @ a.abs().T
-    exact_dleft, size_dleft = s * dy @ b, s * dy.abs() @ b.abs()
+    expected, exact_left = reference.lora_linear_4bit(x, w, a, b, s, case.bias, narrow)
+    exact_dx, exact_update, exact_a, exact_b = reference.lora_linear_4bit_backward(
+        dy, narrow, w, a, b, s, is_separate=case.is_separate
+    )
+    size_left, size_dleft = s * narrow.abs() @ a.abs().T, s * dy.abs() @ b.abs()
     step_left = (2 * half + (k + 2) * EPS32) * size_left
     step_dleft = (2 * half + (n + 2) * EPS32) * size_dleft
 
@@ -109,8 +112,7 @@ def check_lora(case: Case, left: Tensor, y: Tensor, gradients: list[Tensor]) -> 
     assert (left[:, r:] == 0).all()
     assert_within(left[:, :r], exact_left, step_left + floor)
 
-    base = x @ w.T + (0.0 if case.bias is None else case.bias.double())
-    expected = base + exact_left @ b.T
+    base = reference.linear_4bit(x, w, case.bias)
     update = step_left @ b.abs().T + (half + r * EPS32) * (size_left @ b.abs().T)
     rounded = half * (base.abs() + expected.abs()) + EPS32 * (base.abs() + expected.abs())
     slack = linear_tolerance(x, w, base, dtype)
@@ -118,9 +120,8 @@ def check_lora(case: Case, left: Tensor, y: Tensor, gradients: list[Tensor]) -> 
     assert_within(y.reshape(expected.shape), expected, slack + update + 2 * rounded + floor)
 
     update = step_dleft @ a.abs() + (half + r * EPS32) * (size_dleft @ a.abs())
-    base, extra = dy @ w, exact_dleft @ a
-    wanted = [base, extra] if case.is_separate else [base + extra]
-    for index, expected in enumerate(wanted):
+    base = reference.linear_4bit_grad_input(dy, w)
+    for index, expected in enumerate([exact_dx, exact_update] if case.is_separate else [exact_dx]):
         limit = floor + 2 * (half + EPS32) * expected.abs()
         if index == 0:
             limit = limit + linear_tolerance(dy, w.T, base, dtype) + (half + EPS32) * base.abs()
@@ -132,12 +133,8 @@ def check_lora(case: Case, left: Tensor, y: Tensor, gradients: list[Tensor]) -> 
     grad_a, grad_b = gradients[-2:]
     assert (grad_a.dtype, grad_b.dtype) == (case.a.dtype, case.b.dtype)
     for got, expected, limit in (
-        (
-            grad_a,
-            exact_dleft.T @ narrow,
-            step_dleft.T @ narrow.abs() + m * EPS32 * size_dleft.T @ narrow.abs(),
-        ),
-        (grad_b, dy.T @ exact_left, dy.abs().T @ step_left + m * EPS32 * dy.abs().T @ size_left),
+        (grad_a, exact_a, (step_dleft + m * EPS32 * size_dleft).T @ narrow.abs()),
+        (grad_b, exact_b, dy.abs().T @ (step_left + m * EPS32 * size_left)),
     ):
         info = torch.finfo(got.dtype)
         assert_within(got, expected, limit + info.eps * expected.abs() + info.smallest_normal)

@@ -19,7 +19,7 @@ ALLOWED_LOCAL = {
     "cpp/include": (),
     "cpp/core": ("qlora/qlora.h", "core/"),
     "cpp/cpu": ("qlora/qlora.h", "core/", "cpu/"),
-    "cpp/torch": ("qlora/qlora.h", "core/format.h", "torch/"),
+    "cpp/torch": ("qlora/qlora.h", "core/format.h", "core/low_rank.h", "torch/"),
     "cpp/python": ("qlora/qlora.h", "core/format.h", "python/"),
     "cuda/device": ("core/format.h", "cuda/device/"),
     "cuda": ("qlora/qlora.h", "core/", "cuda/"),
@@ -37,6 +37,7 @@ FORBIDDEN_IMPORTS = {
     "format": ("ops", "nn", "integrations", "cli", "train", "bench", "reference"),
     "_library": ("ops", "nn", "integrations", "cli", "train", "bench", "reference"),
     "ops": ("nn", "integrations", "cli", "train", "bench", "reference"),
+    "lora_ops": ("ops", "nn", "integrations", "cli", "train", "bench", "reference"),
     "nn": ("integrations", "cli", "train", "bench", "reference"),
     "integrations": ("cli", "train", "bench", "reference"),
     "calibration": ("integrations", "cli", "train", "bench", "reference"),
@@ -57,7 +58,7 @@ FORBIDDEN_IMPORTS = {
 }
 # Packages of others that only the upper layers know.
 HOSTS = ("transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
-LAYERS_WITHOUT_HOSTS = ("reference", "format", "_library", "ops", "nn", "calibration")
+LAYERS_WITHOUT_HOSTS = ("reference", "format", "_library", "ops", "lora_ops", "nn", "calibration")
 
 
 def files_under(folder: str, suffixes: tuple[str, ...]) -> list[Path]:

@@ -40,12 +40,12 @@ void linear_grad_input(const char* op, const void* dy, int64_t m, qlora_dtype dt
 }
 
 // The update of an adapter with the matrix `right` of it.
-LowRank low_rank_of(const char* op, const qlora_lora* lora, const void* left, const void* right,
+LowRank low_rank_of(const char* op, const qlora_lora* lora, const void* left, const char* argument, const void* right,
                     qlora_dtype right_dtype) {
   check_rank(op, lora->rank);
   check_dtype(op, right_dtype);
   check_pointer(op, "left", left);
-  check_pointer(op, "lora", right);
+  check_pointer(op, argument, right);
   return {left, left_columns(lora->rank), right, right_dtype, lora->rank};
 }
 
@@ -162,18 +162,18 @@ qlora_status qlora_lora_linear_4bit_cpu(const void* x, int64_t m, qlora_dtype dt
   return guarded([&] {
     const char* op = "lora_linear_4bit";
     check_pointer(op, "lora", lora);
-    const LowRank low_rank = cpu::low_rank_of(op, lora, left, lora->b, lora->b_dtype);
+    const LowRank low_rank = cpu::low_rank_of(op, lora, left, "lora.b", lora->b, lora->b_dtype);
     cpu::linear(op, x, m, dtype, weight, bias, low_rank, y, row_begin, row_end);
   });
 }
 
-qlora_status qlora_lora_linear_4bit_grad_input_cpu(const void* dy, int64_t m, qlora_dtype dtype,
-                                                   const qlora_weight_4bit* weight, const qlora_lora* lora,
-                                                   const void* dleft, void* dx, int64_t col_begin, int64_t col_end) {
+qlora_status qlora_lora_linear_4bit_backward_cpu(const void* dy, int64_t m, qlora_dtype dtype,
+                                                 const qlora_weight_4bit* weight, const qlora_lora* lora,
+                                                 const void* dleft, void* dx, int64_t col_begin, int64_t col_end) {
   return guarded([&] {
-    const char* op = "lora_linear_4bit_grad_input";
+    const char* op = "lora_linear_4bit_backward";
     check_pointer(op, "lora", lora);
-    const LowRank low_rank = cpu::low_rank_of(op, lora, dleft, lora->a, lora->a_dtype);
+    const LowRank low_rank = cpu::low_rank_of(op, lora, dleft, "lora.a", lora->a, lora->a_dtype);
     cpu::linear_grad_input(op, dy, m, dtype, weight, low_rank, dx, col_begin, col_end);
   });
 }

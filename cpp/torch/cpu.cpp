@@ -211,8 +211,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_4bit_backward(
     void* dx = gradients.input.mutable_data_ptr();
     for_units(weight.cols(), dy.m * (weight.rows() + lora.rank()), [&](int64_t begin, int64_t end) {
       return is_separate ? qlora_linear_4bit_grad_input_cpu(dy_data, dy.m, dy.dtype, weight.get(), dx, begin, end)
-                         : qlora_lora_linear_4bit_grad_input_cpu(dy_data, dy.m, dy.dtype, weight.get(), &view, dleft,
-                                                                 dx, begin, end);
+                         : qlora_lora_linear_4bit_backward_cpu(dy_data, dy.m, dy.dtype, weight.get(), &view, dleft, dx,
+                                                               begin, end);
     });
   }
   if (needs_adapter_input) {

@@ -163,6 +163,7 @@ __global__ __launch_bounds__(kWarps * 32 * (kProjects + kReduces),
                              kRanks <= 32 ? 2
                                           : 1) void adapter_pass_kernel(const __grid_constant__ Arguments arguments) {
 #if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
 #endif
   extern __shared__ __align__(128) unsigned char shared_memory[];
@@ -274,6 +275,7 @@ __global__ __launch_bounds__(kFinishThreads) void finish_projection_kernel(const
                                                                            int padded_rank, float scaling,
                                                                            T* __restrict__ output, int stride) {
 #if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
 #endif
   const int64_t index = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
@@ -294,6 +296,7 @@ __global__ __launch_bounds__(kFinishThreads) void finish_gradient_kernel(const f
                                                                          T* __restrict__ output, int64_t col_stride,
                                                                          int64_t rank_stride) {
 #if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
 #endif
   const int64_t index = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;

@@ -80,6 +80,7 @@ template <typename T, int kCols, bool kIsAdded>
 __global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void add_low_rank_kernel(
     const __grid_constant__ Arguments arguments) {
 #if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
 #endif
   extern __shared__ __align__(128) unsigned char shared_memory[];

@@ -175,6 +175,43 @@ def linear_4bit_grad_input(grad_output: Tensor, weight: Tensor) -> Tensor:
     return grad_output.double() @ weight.double()
 
 
+def lora_linear_4bit(
+    input: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    adapter_input: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """float64 y = x W^T + bias + left B^T and left = scaling x' A^T [m, rank], x' = adapter_input or else x."""
+    narrow = input if adapter_input is None else adapter_input
+    left = scaling * narrow.double() @ a.double().T
+    return linear_4bit(input, weight, bias) + left @ b.double().T, left.reshape(-1, a.shape[0])
+
+
+def lora_linear_4bit_backward(
+    grad_output: Tensor,
+    adapter_input: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    *,
+    is_separate: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """float64 gradients of that towards x, x', A and B; of x' zeros where it is x, whose gradient then has it all."""
+    dy = grad_output.reshape(-1, grad_output.shape[-1]).double()
+    narrow = adapter_input.reshape(-1, adapter_input.shape[-1]).double()
+    grad_left = scaling * dy @ b.double()
+    grad_input = linear_4bit_grad_input(grad_output, weight)
+    update = (grad_left @ a.double()).view(grad_input.shape)
+    grad_b = dy.T @ (scaling * narrow @ a.double().T)
+    if is_separate:
+        return grad_input, update, grad_left.T @ narrow, grad_b
+    return grad_input + update, torch.zeros_like(update), grad_left.T @ narrow, grad_b
+
+
 def embedding_4bit(indices: Tensor, weight: Tensor) -> Tensor:
     """Rows of a dequantised weight."""
     return weight[indices]

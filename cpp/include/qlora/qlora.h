@@ -284,7 +284,7 @@ QLORA_API qlora_status qlora_lora_linear_4bit_workspace_size(const qlora_weight_
                                                              int has_bias, int32_t device, int64_t* size);
 
 /// On CPU the same in steps, each over units of its own, for the caller to run in parallel: adapter_product for left or
-/// dleft, then the linear layer or its input gradient, then adapter_gradient.
+/// dleft, then lora_linear_4bit or lora_linear_4bit_backward, then adapter_gradient.
 ///
 /// output = scaling input R [depth, cols], with zeros from column `cols` on: left (R = A^T), dleft (R = B) and dx'
 /// (R = A, with a scaling of 1).
@@ -302,11 +302,12 @@ QLORA_API qlora_status qlora_lora_linear_4bit_cpu(const void* x, int64_t m, qlor
                                                   const qlora_weight_4bit* weight, const void* bias,
                                                   const qlora_lora* lora, const void* left, void* y, int64_t row_begin,
                                                   int64_t row_end);
-/// dx = dy W + dleft A. Only a, a_dtype and rank of `lora` are read. Units: columns of the weight.
-QLORA_API qlora_status qlora_lora_linear_4bit_grad_input_cpu(const void* dy, int64_t m, qlora_dtype dtype,
-                                                             const qlora_weight_4bit* weight, const qlora_lora* lora,
-                                                             const void* dleft, void* dx, int64_t col_begin,
-                                                             int64_t col_end);
+/// The step of the backward pass that reads the weight: dx = dy W + dleft A. Only a, a_dtype and rank of `lora` are
+/// read. Units: columns of the weight.
+QLORA_API qlora_status qlora_lora_linear_4bit_backward_cpu(const void* dy, int64_t m, qlora_dtype dtype,
+                                                           const qlora_weight_4bit* weight, const qlora_lora* lora,
+                                                           const void* dleft, void* dx, int64_t col_begin,
+                                                           int64_t col_end);
 /// output [rank, cols] = left^T x, or with is_output_transposed [cols, rank]: dA of dleft and x', dB of left and dy.
 /// \param[in]  left    [m, left_columns] of `dtype`.
 /// \param[in]  x       [m, cols] of `dtype`.

@@ -14,14 +14,17 @@ from typing import Any
 
 NAME = "bench"
 HELP = "measure kernels, a training step or generation beside cuBLAS and bitsandbytes (GPU only)"
-KERNELS = ("quantize", "dequantize", "gemm")
+KERNELS = ("quantize", "dequantize", "gemm", "lora")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=(*KERNELS, "train", "generate"), help="what to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument(
-        "--rows", default=None, metavar="M,M,...", help="gemm: rows of the activations (default: 1 to 8192)"
+        "--rows",
+        default=None,
+        metavar="M,M,...",
+        help="gemm, lora: rows of the activations (default: 1 to 8192, 512 to 8192)",
     )
     parser.add_argument(
         "--model",
@@ -89,7 +92,7 @@ def environment() -> dict[str, Any]:
 def _bench_kernels(arguments: argparse.Namespace, result: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
-    from qlora.bench import gemm, kernels
+    from qlora.bench import gemm, kernels, lora
     from qlora.bench.timing import copy_bandwidth, time_graph
 
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -100,10 +103,11 @@ def _bench_kernels(arguments: argparse.Namespace, result: dict[str, Any]) -> lis
     elif arguments.what == "dequantize":
         figures = kernels.bench_dequantize(limits)
     else:
-        rows: tuple[int, ...] = gemm.ROWS
+        run = lora.bench_lora if arguments.what == "lora" else gemm.bench_gemm
+        rows: tuple[int, ...] = lora.ROWS if arguments.what == "lora" else gemm.ROWS
         if arguments.rows is not None:
             rows = tuple(int(part) for part in arguments.rows.split(","))
-        figures = gemm.bench_gemm(limits, rows)
+        figures = run(limits, rows)
     print(
         f"copy {limits.bandwidth / 1e12:.2f} TB/s, 8192^3 bf16 product {limits.flops / 1e12:.0f} TFLOP/s; times in µs"
     )
