@@ -29,6 +29,7 @@ _ATTRIBUTES = {
     "merge_and_unload": "qlora.lora",
     "prepare": "qlora.preparation",
     "merge": "qlora.merging",
+    "estimate_memory": "qlora.estimate",
     "loftq_init": "qlora.loftq",
 }
 # Packages that parts of qlora need and that may be absent, with the requirement to install.

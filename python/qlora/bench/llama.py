@@ -11,11 +11,11 @@ import torch
 STACKS = ("qlora", "bitsandbytes", "bf16")
 
 
-def make_llama3_8b(directory: Path, num_layers: int = 32) -> None:
-    """Writes a random bf16 checkpoint of Llama-3-8B's shape (16 GB with 32 layers) through transformers itself."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def llama3_8b_config(num_layers: int = 32) -> Any:
+    """transformers' configuration of Llama-3-8B's shape."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=num_layers,
@@ -27,9 +27,15 @@ def make_llama3_8b(directory: Path, num_layers: int = 32) -> None:
         max_position_embeddings=8192,
         tie_word_embeddings=False,
     )
+
+
+def make_llama3_8b(directory: Path, num_layers: int = 32) -> None:
+    """Writes a random bf16 checkpoint of Llama-3-8B's shape (16 GB with 32 layers) through transformers itself."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(llama3_8b_config(num_layers), dtype=torch.bfloat16)
     model.save_pretrained(directory, max_shard_size="2GB")
 
 

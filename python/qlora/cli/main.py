@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from types import ModuleType
 
-COMMANDS = ("train", "generate", "merge", "quantize", "info", "bench")
+COMMANDS = ("train", "generate", "merge", "quantize", "estimate", "info", "bench")
 
 # Optional packages by import name -> what to install. The extra holds all that `qlora train` uses.
 EXTRA = "pip install 'qlora-kernels[train]'"

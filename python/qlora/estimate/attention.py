@@ -22,16 +22,20 @@ _FLASH_HEAD = 256  # the widest head of flash attention
 
 @contextmanager
 def cuda_attention_kernels() -> Iterator[None]:
-    """While active, F.scaled_dot_product_attention is that of a CUDA device, and no batch is taken for a packed one.
+    """While active, F.scaled_dot_product_attention is that of a CUDA device."""
+    with mock.patch.object(F, "scaled_dot_product_attention", cuda_attention):
+        yield
 
-    transformers looks at the values of the position ids for several sequences in one; of fake ones it would expect any.
+
+@contextmanager
+def unpacked_batches() -> Iterator[None]:
+    """While active, transformers takes no batch for one of several sequences in a row.
+
+    It looks at the values of the position ids for that, and of fake ones expects the worst.
     """
     from transformers import masking_utils
 
-    with (
-        mock.patch.object(F, "scaled_dot_product_attention", cuda_attention),
-        mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None),
-    ):
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None):
         yield
 
 

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from ..config import COMPUTE_DTYPES, QuantConfig, dtype_name
 from . import fake, search
-from .attention import CountedLabels, cuda_attention_kernels
+from .attention import CountedLabels, cuda_attention_kernels, unpacked_batches
 from .timeline import KEPT, LOSS, WORKING, WORKSPACE, Peak, Step, Timeline
 from .workspace import CUBLAS, MIB, workspace_bytes
 
@@ -46,6 +50,7 @@ class Estimate:
         model_bytes: what the model takes before training, without adapters.
         context, slack: assumed bytes outside the allocator's peak: CUDA context, and memory reserved but not allocated.
         gpu: GiB of the card, or None.
+        seq_limit: the longest sequence that the model is made for, or None; longest_seq goes no further.
         longest_seq: longest sequence at this batch that fits the card, a multiple of search.STEP; 0 if none; None
             without gpu.
         largest_batch: the same of the batch at this length.
@@ -60,6 +65,7 @@ class Estimate:
     model_bytes: int
     context: int
     slack: int
+    seq_limit: int | None = None
     gpu: float | None = None
     longest_seq: int | None = None
     largest_batch: int | None = None
@@ -80,8 +86,7 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, in plain values; sizes in bytes, gpu in GiB."""
-        result = {name: value for name, value in vars(self).items()}
-        return result | {"peak": self.peak, "total": self.total, "fits": self.fits}
+        return vars(self) | {"peak": self.peak, "total": self.total, "fits": self.fits}
 
 
 class FakeTraining:
@@ -104,25 +109,28 @@ class FakeTraining:
         held = list(fake.held_tensors(model))
         self._step = Step(model, held)
         self.model_bytes = bytes_of(tensor for term, tensor in held if term != "adapters")
+        self._peaks: dict[tuple[int, int], Peak] = {}
         self._run(1, 2)  # makes the optimizer's state
 
     def peak(self, batch: int, seq: int) -> Peak:
         """The peak of a step."""
-        return self._run(batch, seq).peak()
+        if (batch, seq) not in self._peaks:
+            self._peaks[batch, seq] = self._run(batch, seq).peak()
+        return self._peaks[batch, seq]
 
     def _run(self, batch: int, seq: int) -> Timeline:
         timeline = Timeline(workspace_bytes)
         try:
             with (
-                warnings.catch_warnings(action="ignore"),
+                warnings.catch_warnings(),
                 cuda_attention_kernels(),
+                unpacked_batches(),
                 self._mode,
                 CountedLabels(batch, seq),
             ):
+                warnings.simplefilter("ignore")  # of the kinds that the training itself will show
                 inputs = self._inputs(batch, seq)
-                self._step.run(
-                    inputs, timeline, keeps_gradients=self.keeps_gradients, autocast=self.autocast
-                )
+                self._step.run(inputs, timeline, keeps_gradients=self.keeps_gradients, autocast=self.autocast)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
                 "qlora.estimate_memory: model: expected one whose step does not depend on the values of tensors, got "
@@ -189,9 +197,7 @@ def estimate_memory(
             )
     if gpu is not None and not gpu > 0:
         raise ValueError(f"qlora.estimate_memory: gpu: expected a positive number of GiB, got {gpu!r}")
-    config = (
-        fake.read_config(model, trust_remote_code=trust_remote_code) if isinstance(model, str) else model
-    )
+    config = fake.read_config(model, trust_remote_code=trust_remote_code) if isinstance(model, str) else model
     training = build(
         config,
         r=r,
@@ -211,11 +217,16 @@ def estimate_memory(
         "gradient_checkpointing": gradient_checkpointing, "gradient_accumulation": gradient_accumulation,
         "autocast": autocast, "padded": padded,
     }  # fmt: skip
+    result.seq_limit = limit
     if gpu is not None:
         room = int(gpu * GIB)
         result.gpu = gpu
         result.longest_seq = search.largest(
-            lambda length: _estimate(training, batch, length).total, room, step=search.STEP, start=seq, limit=limit
+            lambda length: _estimate(training, batch, length).total,
+            room,
+            step=search.STEP,
+            start=seq,
+            limit=limit,
         )
         result.largest_batch = search.largest(
             lambda size: _estimate(training, size, seq).total, room, step=1, start=batch, limit=None
@@ -244,9 +255,6 @@ def build(
 ) -> FakeTraining:
     """The model of a configuration, ready for fake steps."""
     model = fake.meta_model(config, dtype, quant_config)
-    for module in model.modules():
-        if isinstance(module, fake.Module4bit) and hasattr(module, "compute_dtype"):
-            module.compute_dtype = dtype
     adapted = fake.trainable(model, r=r, targets=targets, gradient_checkpointing=gradient_checkpointing)
     return FakeTraining(
         adapted,
@@ -259,9 +267,6 @@ def build(
 def _estimate(training: FakeTraining, batch: int, seq: int) -> Estimate:
     peak = training.peak(batch, seq)
     found = peak.terms | {"workspace of cuBLAS": CUBLAS}
-    assert set(found) <= set(TERMS), sorted(set(found) - set(TERMS))
     terms = {term: found.get(term, 0) for term in TERMS}
     moving = sum(terms[term] for term in (KEPT, WORKING, LOSS, WORKSPACE, "gradients"))
-    return Estimate(
-        "", seq, batch, {}, terms, peak.phase, training.model_bytes, CONTEXT, int(SLACK * moving)
-    )
+    return Estimate("", seq, batch, {}, terms, peak.phase, training.model_bytes, CONTEXT, int(SLACK * moving))

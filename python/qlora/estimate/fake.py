@@ -6,6 +6,8 @@ tensor, and what `quantize_` would quantise a Linear4bit whose packed bytes and 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,11 +17,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config import QuantConfig
+from ..format import QUANT_TYPES, nested_quant_map
 from ..lazy_logits import LazyHead
 from ..lora import add_lora
 from ..nn.convert import quantize_
 from ..nn.group import unlink_groups
 from ..nn.module import Module4bit
+from ..nn.quant_state import code_tensor
 from ..nn.tensor import quantize_tensor
 from ..preparation import prepare
 
@@ -46,24 +50,33 @@ def read_config(model: str, *, revision: str | None = None, trust_remote_code: b
     except (OSError, ValueError) as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"model: expected a directory with config.json or a hub name, got {model!r}: {text}"
+            f"qlora.estimate_memory: model: expected a directory with config.json or a hub name, got {model!r}: {text}"
         ) from error
 
 
 def meta_model(config: Any, dtype: torch.dtype, quant_config: QuantConfig) -> Any:
-    """The model on the meta device, its linear layers as Linear4bit, as from_pretrained leaves it but for the values."""
+    """The model on the meta device, its linear layers as Linear4bit, as from_pretrained leaves it but for the values.
+
+    Raises:
+        ValueError: the configuration is not of a causal language model.
+    """
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):  # a checkpoint that is in 4 bits already
         del config.quantization_config
+    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+        raise ValueError(
+            f"qlora.estimate_memory: model: expected a causal language model, got {type(config).__name__}"
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if quant_config.compute_dtype == "auto":
+        quant_config = dataclasses.replace(quant_config, compute_dtype=dtype)
     return quantize_(model, quant_config)
 
 
-def trainable(
-    model: Any, *, r: int, targets: str | Sequence[str], gradient_checkpointing: bool
-) -> nn.Module:
+def trainable(model: Any, *, r: int, targets: str | Sequence[str], gradient_checkpointing: bool) -> nn.Module:
     """The model with a LoRA adapter, prepared and in training mode, as `qlora train` leaves it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -76,6 +89,10 @@ def trainable(
 def materialise(model: nn.Module, mode: FakeTensorMode) -> None:
     """Replaces every parameter and buffer by a fake CPU tensor, shared ones by shared ones; quantises the fakes."""
     unlink_groups(model)  # groups are for a few rows without gradients
+    cpu = torch.device("cpu")
+    nested_quant_map(cpu)  # made here, so that all layers share it
+    for quant_type in QUANT_TYPES:
+        code_tensor(quant_type, cpu)
     made: dict[int, Tensor] = {}
 
     def fake(value: Tensor) -> Tensor:
@@ -135,7 +152,12 @@ def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield "kept in 16 or 32 bits", buffer
         if state is not None:
             nested = state.state2
-            scales = (state.absmax, state.code, state.offset, *(() if nested is None else (nested.absmax, nested.code)))
+            scales = (
+                state.absmax,
+                state.code,
+                state.offset,
+                *(() if nested is None else (nested.absmax, nested.code)),
+            )
             for value in scales:
                 if value is not None:
                     yield "block scales", value

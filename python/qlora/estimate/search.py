@@ -38,7 +38,7 @@ def _next(known: dict[int, int], room: int, fits: int, too_big: int | None, trie
     if len(known) < 2:
         return 2 * fits if fits else 1
     (x0, y0), (x1, y1) = sorted(sorted(known.items(), key=lambda pair: abs(pair[1] - room))[:2])
-    if y1 <= y0 or (tries > 5 and tries % 2 and too_big is not None):
+    if y1 <= y0 or (tries > 5 and tries % 2):
         return 2 * fits + 1 if too_big is None else (fits + too_big) // 2
     crossing = int(x0 + (room - y0) * (x1 - x0) / (y1 - y0))
     # A step past the crossing where it is known to fit: that closes the bracket.
