@@ -23,7 +23,7 @@ BATCH, SEQ = 2, 48
 TOLERANCE = 0.02  # of the peak and of each term of more than 5 % of it
 
 
-def inputs_of(name: str) -> dict[str, torch.Tensor]:
+def inputs() -> dict[str, torch.Tensor]:
     ids = torch.arange(BATCH * SEQ).reshape(BATCH, SEQ) % 200 + 3
     return {"input_ids": ids, "labels": ids.clone()}
 
@@ -37,20 +37,20 @@ def prepared(name: str, device: str, is_checkpointed: bool, **settings: Any) -> 
     return qlora.add_lora(qlora.prepare(model, is_checkpointed), r=4).train()
 
 
-def peaks(model: Any, inputs: dict[str, torch.Tensor], *, keeps_gradients: bool) -> list[Peak]:
+def peaks(model: Any, given: dict[str, torch.Tensor], *, keeps_gradients: bool) -> list[Peak]:
     """Of the first step, without optimizer state, and of the second."""
     step = Step(model, fake.held_tensors(model))
     result = []
     for _ in range(2):
         timeline = Timeline()
-        step.run(inputs, timeline, keeps_gradients=keeps_gradients)
+        step.run(given, timeline, keeps_gradients=keeps_gradients)
         result.append(timeline.peak())
     return result
 
 
 def real_peaks(name: str, is_checkpointed: bool, keeps_gradients: bool, **settings: Any) -> list[Peak]:
     model = prepared(name, "cpu", is_checkpointed, **settings)
-    return peaks(model, inputs_of(name), keeps_gradients=keeps_gradients)
+    return peaks(model, inputs(), keeps_gradients=keeps_gradients)
 
 
 def fake_peaks(name: str, is_checkpointed: bool, keeps_gradients: bool, **settings: Any) -> list[Peak]:
@@ -58,8 +58,8 @@ def fake_peaks(name: str, is_checkpointed: bool, keeps_gradients: bool, **settin
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake.materialise(model, mode)
     with unpacked_batches(), mode, CountedLabels(BATCH, SEQ):
-        inputs = {key: torch.zeros_like(value) for key, value in inputs_of(name).items()}
-        return peaks(model, inputs, keeps_gradients=keeps_gradients)
+        fakes = {key: torch.zeros_like(value) for key, value in inputs().items()}
+        return peaks(model, fakes, keeps_gradients=keeps_gradients)
 
 
 def assert_same(found: Peak, wanted: Peak) -> None:

@@ -35,7 +35,7 @@ def unpacked_batches() -> Iterator[None]:
     """
     from transformers import masking_utils
 
-    with mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None):
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
         yield
 
 
