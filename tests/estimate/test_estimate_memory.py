@@ -14,7 +14,7 @@ import qlora
 from qlora.cli.main import main
 from qlora.estimate.estimator import GIB, build
 from qlora.estimate.search import STEP
-from qlora.estimate.timeline import WORKSPACE
+from qlora.estimate.terms import KEPT, LOSS, WORKING, WORKSPACE
 
 pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
@@ -63,6 +63,14 @@ def test_nothing_of_the_weights_is_read(directory: Path) -> None:
     assert found.terms["gradients"] >= adapters  # of the batch before: accumulation is on
 
 
+def test_a_4_bit_checkpoint_needs_what_its_16_bit_one_does(directory: Path) -> None:
+    before = qlora.estimate_memory(str(directory), seq=64, batch=2)
+    path = directory / "config.json"
+    stored = json.loads(path.read_text()) | {"quantization_config": qlora.QuantConfig().to_dict()}
+    path.write_text(json.dumps(stored))
+    assert qlora.estimate_memory(str(directory), seq=64, batch=2).terms == before.terms
+
+
 @pytest.mark.parametrize(
     ("less", "more"),
     [
@@ -88,7 +96,7 @@ def test_more_of_anything_needs_more(directory: Path, less: dict[str, Any], more
 def test_flash_attention_keeps_no_matrix_of_scores(directory: Path) -> None:
     """Four times the length takes four times what comes and goes, not sixteen."""
     short, long = (qlora.estimate_memory(str(directory), seq=seq, batch=8) for seq in (512, 2048))
-    names = ("kept activations", "working memory of a layer", "logits and loss")
+    names = (KEPT, WORKING, LOSS)
     grown = sum(long.terms[name] for name in names) / sum(short.terms[name] for name in names)
     assert grown == pytest.approx(4, rel=0.1)
 

@@ -17,24 +17,11 @@ from torch._subclasses.fake_tensor import (
 from ..config import COMPUTE_DTYPES, QuantConfig, dtype_name
 from . import fake, search
 from .attention import CountedLabels, cuda_attention_kernels, unpacked_batches
-from .timeline import KEPT, LOSS, WORKING, WORKSPACE, Peak, Step, Timeline
+from .terms import ADAPTERS, CUBLAS_WORKSPACE, MOVING, TERMS
+from .timeline import Peak, Step, Timeline
 from .workspace import CUBLAS, MIB, workspace_bytes
 
 GIB = 1 << 30
-#: In the order of the table. Those of the allocator's peak, and with RESERVED what the card must have.
-TERMS = (
-    "4-bit weights",
-    "block scales",
-    "kept in 16 or 32 bits",
-    "adapters",
-    "gradients",
-    "optimizer state",
-    KEPT,
-    WORKING,
-    LOSS,
-    WORKSPACE,
-    "workspace of cuBLAS",
-)
 CONTEXT = 600 * MIB  # assumed: CUDA context and loaded kernels; 0.4 to 0.6 GiB by driver and GPU
 SLACK = 0.05  # assumed: what the allocator reserves beyond what is allocated, of all that comes and goes
 
@@ -108,7 +95,7 @@ class FakeTraining:
         fake.materialise(model, self._mode)
         held = list(fake.held_tensors(model))
         self._step = Step(model, held)
-        self.model_bytes = bytes_of(tensor for term, tensor in held if term != "adapters")
+        self.model_bytes = bytes_of(tensor for term, tensor in held if term != ADAPTERS)
         self._peaks: dict[tuple[int, int], Peak] = {}
         self._run(1, 2)  # makes the optimizer's state
 
@@ -183,9 +170,11 @@ def estimate_memory(
         padded: the batch has padding, so that attention takes a mask.
         quant_config: None: QuantConfig().
         gpu: GiB of a card: also look for the longest sequence and the largest batch that fit.
+        trust_remote_code: run the model code of a hub repository.
 
     Raises:
-        ValueError: a value is not as said, the model has no configuration, or its step depends on values.
+        ValueError: a value is not as said, the model has no configuration or is no causal language model, or its step
+            depends on values. What `qlora.add_lora` and `qlora.prepare` raise.
     """
     name = _check_dtype(dtype)
     for what, value, least in (
@@ -208,6 +197,7 @@ def estimate_memory(
         autocast=autocast,
         padded=padded,
         quant_config=quant_config or QuantConfig(),
+        trust_remote_code=trust_remote_code,
     )
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     result = _estimate(training, batch, seq)
@@ -252,9 +242,10 @@ def build(
     autocast: bool,
     padded: bool,
     quant_config: QuantConfig,
+    trust_remote_code: bool = False,
 ) -> FakeTraining:
     """The model of a configuration, ready for fake steps."""
-    model = fake.meta_model(config, dtype, quant_config)
+    model = fake.meta_model(config, dtype, quant_config, trust_remote_code=trust_remote_code)
     adapted = fake.trainable(model, r=r, targets=targets, gradient_checkpointing=gradient_checkpointing)
     return FakeTraining(
         adapted,
@@ -266,7 +257,7 @@ def build(
 
 def _estimate(training: FakeTraining, batch: int, seq: int) -> Estimate:
     peak = training.peak(batch, seq)
-    found = peak.terms | {"workspace of cuBLAS": CUBLAS}
+    found = peak.terms | {CUBLAS_WORKSPACE: CUBLAS}
     terms = {term: found.get(term, 0) for term in TERMS}
-    moving = sum(terms[term] for term in (KEPT, WORKING, LOSS, WORKSPACE, "gradients"))
+    moving = sum(terms[term] for term in MOVING)
     return Estimate("", seq, batch, {}, terms, peak.phase, training.model_bytes, CONTEXT, int(SLACK * moving))

@@ -26,6 +26,7 @@ from ..nn.module import Module4bit
 from ..nn.quant_state import code_tensor
 from ..nn.tensor import quantize_tensor
 from ..preparation import prepare
+from .terms import ADAPTERS, NOT_QUANTISED, SCALES, WEIGHTS
 
 
 class FakeHead(LazyHead):
@@ -35,7 +36,7 @@ class FakeHead(LazyHead):
         return not self.weight.requires_grad and not self._forward_hooks
 
 
-def read_config(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def read_config(model: str, *, trust_remote_code: bool = False) -> Any:
     """transformers' configuration of a local directory or hub name.
 
     Raises:
@@ -44,9 +45,7 @@ def read_config(model: str, *, revision: str | None = None, trust_remote_code: b
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(
-            model, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -54,7 +53,9 @@ def read_config(model: str, *, revision: str | None = None, trust_remote_code: b
         ) from error
 
 
-def meta_model(config: Any, dtype: torch.dtype, quant_config: QuantConfig) -> Any:
+def meta_model(
+    config: Any, dtype: torch.dtype, quant_config: QuantConfig, *, trust_remote_code: bool = False
+) -> Any:
     """The model on the meta device, its linear layers as Linear4bit, as from_pretrained leaves it but for the values.
 
     Raises:
@@ -65,12 +66,12 @@ def meta_model(config: Any, dtype: torch.dtype, quant_config: QuantConfig) -> An
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):  # a checkpoint that is in 4 bits already
         del config.quantization_config
-    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+    if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
         raise ValueError(
             f"qlora.estimate_memory: model: expected a causal language model, got {type(config).__name__}"
         )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if quant_config.compute_dtype == "auto":
         quant_config = dataclasses.replace(quant_config, compute_dtype=dtype)
     return quantize_(model, quant_config)
@@ -144,12 +145,12 @@ def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if parameter is None:
                 continue
             if isinstance(module, Module4bit) and name == "weight":
-                yield "4-bit weights", parameter
+                yield WEIGHTS, parameter
             else:
-                yield "adapters" if parameter.requires_grad else "kept in 16 or 32 bits", parameter
+                yield ADAPTERS if parameter.requires_grad else NOT_QUANTISED, parameter
         for buffer in module._buffers.values():
             if buffer is not None:
-                yield "kept in 16 or 32 bits", buffer
+                yield NOT_QUANTISED, buffer
         if state is not None:
             nested = state.state2
             scales = (
@@ -160,4 +161,4 @@ def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             )
             for value in scales:
                 if value is not None:
-                    yield "block scales", value
+                    yield SCALES, value

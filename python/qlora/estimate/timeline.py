@@ -16,14 +16,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .terms import GRADIENTS, KEPT, LOSS, OPTIMIZER, WORKING, WORKSPACE
+
 ALLOCATION_UNIT = 512  # bytes, of torch's CUDA caching allocator
 
 #: In the order in which a step passes through them.
 PHASES = ("forward", "loss", "backward of the loss", "backward", "optimizer")
-KEPT = "kept activations"
-WORKING = "working memory of a layer"
-LOSS = "logits and loss"
-WORKSPACE = "workspace of kernels"
 
 
 @dataclass
@@ -168,7 +166,7 @@ class Step:
         self._timeline = timeline
         for term, tensor in self._held:
             timeline.hold([tensor], term)
-        timeline.hold((parameter.grad for parameter in self._trained), "gradients")
+        timeline.hold((parameter.grad for parameter in self._trained), GRADIENTS)
         self._hold_optimizer()
         timeline.hold(inputs.values(), LOSS)
         kind = next(iter(inputs.values())).device.type
@@ -183,7 +181,7 @@ class Step:
 
     def _hold_optimizer(self) -> None:
         for state in self._optimizer.state.values():
-            self._timeline.hold(state.values(), "optimizer state")
+            self._timeline.hold(state.values(), OPTIMIZER)
 
     def _reach_head(self, module: Any, inputs: tuple[Any, ...]) -> None:
         self._timeline.phase = "loss"
@@ -194,4 +192,4 @@ class Step:
         self._timeline.phase = "backward"
 
     def _label_gradient(self, parameter: Tensor) -> None:
-        self._timeline.hold([parameter.grad], "gradients")
+        self._timeline.hold([parameter.grad], GRADIENTS)
