@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import qlora
+from qlora.estimate import fake
 from qlora.estimate.attention import cuda_attention_kernels
 from qlora.estimate.workspace import MIB, workspace_bytes
 
@@ -95,6 +97,29 @@ def test_the_backward_kernel_sums_the_gradient_of_the_query_in_float32() -> None
 def test_the_product_needs_a_chunk_of_the_weight_beside_32_mib(
     rows: int, shape: tuple[int, int], chunk: int
 ) -> None:
-    x = torch.empty(rows, shape[1], dtype=torch.bfloat16, device="meta")
-    arguments = (x, None, None, None, None, None, None, shape)
-    assert workspace_bytes(torch.ops.qlora.linear_4bit.default, arguments) == 32 * MIB + chunk
+    called = Called()
+    layer = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16, device="meta")
+    layer = qlora.quantize_(layer)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake.materialise(layer, mode)
+    with mode:
+        x = torch.empty(rows, shape[1], dtype=torch.bfloat16)
+        with called:
+            layer(x)
+    assert called.names["qlora::linear_4bit"] == 32 * MIB + chunk
+
+
+def test_a_layer_with_an_adapter_has_the_workspace_of_its_product_and_backward_of_one_matrix_more() -> None:
+    n, k, rows, rank = 512, 1024, 2048, 8
+    layer = qlora.quantize_(torch.nn.Linear(k, n, bias=False, dtype=torch.bfloat16, device="meta"))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake.materialise(layer, mode)
+    called = Called()
+    with mode:
+        x = torch.empty(rows, k, dtype=torch.bfloat16, requires_grad=True)
+        a, b = (torch.empty(shape, requires_grad=True) for shape in ((rank, k), (n, rank)))
+        with called:
+            layer.forward_with_lora(x, a, b, 1.0).sum().backward()
+    product = 32 * MIB + n * k * 2
+    assert called.names["qlora::lora_linear_4bit"] == product
+    assert called.names["qlora::lora_linear_4bit_backward"] == product + rows * 64 * 2
