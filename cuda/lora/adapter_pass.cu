@@ -64,6 +64,10 @@ struct Arguments {
   bool is_added;          // to the gradient parts that are there
 };
 
+template <bool kProjects, bool kReduces>
+constexpr int kThreads = kWarps * 32 * (kProjects + kReduces);
+template <int kRanks>
+constexpr int kMinBlocks = kRanks <= 32 ? 2 : 1;  // of a multiprocessor: 64 ranks take all registers
 template <int kRanks>
 constexpr int kLeftBytes = kRows * kRanks * 2;
 template <int kRanks, bool kProjects, bool kReduces>
@@ -113,7 +117,7 @@ __device__ __forceinline__ void reduce_tile(uint32_t tile, uint32_t left, int wa
   const int lane = threadIdx.x % 32;
   const int matrix = lane / 8;
   const int row = lane % 8;
-#pragma unroll(64 / kRanks)  // 64 ranks fill the registers
+#pragma unroll(kRanks == 16 ? 4 : 1)  // more ranks fill the registers
   for (int r = 0; r < kRows / 16; ++r) {
     uint32_t b[kRanks / 16][4];
 #pragma unroll
@@ -159,15 +163,14 @@ __device__ __forceinline__ void for_each_gradient(const Arguments& arguments, in
 }
 
 template <typename T, int kRanks, bool kProjects, bool kReduces>
-__global__ __launch_bounds__(kWarps * 32 * (kProjects + kReduces),
-                             kRanks <= 32 ? 2
-                                          : 1) void adapter_pass_kernel(const __grid_constant__ Arguments arguments) {
+__global__ __launch_bounds__(kThreads<kProjects, kReduces>,
+                             kMinBlocks<kRanks>) void adapter_pass_kernel(const __grid_constant__ Arguments arguments) {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
 #endif
   extern __shared__ __align__(128) unsigned char shared_memory[];
-  constexpr int kThreads = kWarps * 32 * (kProjects + kReduces);
+  constexpr int kNumThreads = kThreads<kProjects, kReduces>;
   const int thread = threadIdx.x;
   const uint32_t narrow = shared_address(shared_memory);
   const uint32_t tiles = narrow + (kProjects ? kRanks * kCols * 2 : 0);
@@ -188,11 +191,11 @@ __global__ __launch_bounds__(kWarps * 32 * (kProjects + kReduces),
       const int64_t row = begin + int64_t{index} * kRows;
       load_tile<kRows, kChunks>(tiles + stage * kTileBytes, arguments.x + row * arguments.row_length + first_col,
                                 arguments.row_length, end - row, arguments.cols - first_col, arguments.is_aligned,
-                                thread, kThreads);
+                                thread, kNumThreads);
       if constexpr (kReduces) {
         load_tile<kRows, kRanks / kChunkValues>(lefts + stage * kLeftBytes<kRanks>,
                                                 arguments.left + row * arguments.left_stride + first_rank,
-                                                arguments.left_stride, end - row, kRanks, true, thread, kThreads);
+                                                arguments.left_stride, end - row, kRanks, true, thread, kNumThreads);
       }
     }
     commit_copies();  // also where there is nothing to copy, so that commits count tiles
@@ -200,7 +203,7 @@ __global__ __launch_bounds__(kWarps * 32 * (kProjects + kReduces),
   for (int index = 0; index + 1 < arguments.num_stages; ++index) load(index);
   if constexpr (kProjects) {
     load_narrow<T, kCols, false>(narrow, arguments.narrow, int64_t{first_rank}, kRanks, arguments.rank, first_col,
-                                 arguments.cols, thread, kThreads);
+                                 arguments.cols, thread, kNumThreads);
   }
 
   const int warp = thread / 32;
@@ -319,7 +322,7 @@ void launch_window(const Arguments& arguments, int num_row_blocks, const Device&
   allow_shared_bytes(device, reinterpret_cast<const void*>(kernel), bytes);
   const int blocks = num_row_blocks * arguments.num_col_blocks * arguments.num_rank_blocks;
   launch_early("adapter_pass_kernel", kernel,
-               LaunchShape{static_cast<unsigned>(blocks), kWarps * 32 * (kProjects + kReduces), bytes}, device, stream,
+               LaunchShape{static_cast<unsigned>(blocks), kThreads<kProjects, kReduces>, bytes}, device, stream,
                arguments);
 }
 
