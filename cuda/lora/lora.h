@@ -41,7 +41,7 @@ inline constexpr int64_t kMaxPartBytes = 16 << 20;
 int64_t adapter_pass_workspace_size(const AdapterPass& pass, const Device& device);
 void adapter_pass(const AdapterPass& pass, const Device& device, void* workspace, cudaStream_t stream);
 
-// naive.cu: the same in any dtype, a thread an output, without workspace. What serves float32.
+// naive.cu: the same in any dtype, without workspace. What serves float32.
 void adapter_pass_naive(const AdapterPass& pass, cudaStream_t stream);
 
 // add_low_rank.cu: output [m, cols] (+)= left [m, rank] S, rounded once more where it is added to what is there.

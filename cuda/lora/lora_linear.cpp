@@ -102,9 +102,12 @@ int64_t lora_workspace_size(const LoraLinear& problem, const Device& device) {
   char asked = 0;  // only whether a pointer is null is read
   const bool is_forward = gemm.direction == Direction::kForward;
   const bool has_product = (is_forward ? gemm.weight.rows : gemm.weight.cols) > 0;
-  Gemm product = gemm;  // with the term, on which the choice of a kernel may depend
-  if (is_forward) product.low_rank = term_of(problem, &asked, &asked, problem.lora.b_dtype);
-  int64_t size = has_product ? gemm_workspace_size(product, device) : 0;
+  int64_t size = 0;
+  if (has_product) {  // with the term and, where x' is separate, without it
+    Gemm with_term = gemm;
+    with_term.low_rank.rank = problem.lora.rank;
+    size = std::max(gemm_workspace_size(gemm, device), gemm_workspace_size(with_term, device));
+  }
   if (is_forward) return std::max(size, pass_workspace_size(forward_pass(problem, &asked), device));
   for (const AdapterPass& pass : {dy_pass(problem, &asked, &asked), dy_pass(problem, &asked, nullptr),
                                   dy_pass(problem, nullptr, &asked), x_pass(problem, &asked, &asked)}) {
