@@ -1,3 +1,4 @@
+// The parts of a projection and of a gradient (adapter_pass.cu), added up in the order of their blocks.
 #include "cuda/device/numeric.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"

@@ -60,4 +60,10 @@ void add_low_rank(const LowRankSum& sum, const Device& device, cudaStream_t stre
 // naive.cu: the same in any dtype.
 void add_low_rank_naive(const LowRankSum& sum, cudaStream_t stream);
 
+// update.cpp: whether the kernels on the tensor cores serve it, 16 bits on sm_80 and newer; the sum by what serves it;
+// and the low-rank term of a problem added to its output.
+bool is_narrow_fast(qlora_dtype dtype, const Device& device);
+void run_sum(const LowRankSum& sum, const Device& device, cudaStream_t stream);
+void add_update(const Gemm& problem, const Device& device, cudaStream_t stream);
+
 }  // namespace qlora

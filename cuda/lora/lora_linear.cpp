@@ -16,9 +16,6 @@ namespace {
 
 constexpr int64_t kAlignment = 256;
 
-// Whether the kernels on the tensor cores serve it: 16 bits, sm_80 and newer.
-bool is_narrow_fast(qlora_dtype dtype, const Device& device) { return dtype != QLORA_FLOAT32 && device.major >= 8; }
-
 int64_t pass_workspace_size(const AdapterPass& pass, const Device& device) {
   const bool is_empty = pass.cols == 0 || (pass.output == nullptr && pass.gradient.values == nullptr);
   return is_empty || !is_narrow_fast(pass.dtype, device) ? 0 : adapter_pass_workspace_size(pass, device);
@@ -34,15 +31,6 @@ void run_pass(const AdapterPass& pass, const Device& device, void* workspace, cu
     adapter_pass(pass, device, workspace, stream);
   } else {
     adapter_pass_naive(pass, stream);
-  }
-}
-
-void run_sum(const LowRankSum& sum, const Device& device, cudaStream_t stream) {
-  if (sum.m == 0 || sum.cols == 0) return;
-  if (is_narrow_fast(sum.dtype, device)) {
-    add_low_rank(sum, device, stream);
-  } else {
-    add_low_rank_naive(sum, stream);
   }
 }
 
@@ -152,14 +140,6 @@ void run_lora_backward(const LoraLinear& problem, const Device& device, cudaStre
     run_sum({dleft, gemm.m, k, gemm.dtype, problem.lora.rank, a, problem.dadapter_x, false}, device, stream);
   }
   run_pass(x_pass(problem, dleft, problem.da), device, gemm.workspace, stream);
-}
-
-void add_update(const Gemm& problem, const Device& device, cudaStream_t stream) {
-  const bool is_forward = problem.direction == Direction::kForward;
-  const LowRank& term = problem.low_rank;
-  const int64_t cols = is_forward ? problem.weight.rows : problem.weight.cols;
-  const AdapterMatrix matrix = {term.right, term.right_dtype, is_forward};
-  run_sum({term.left, problem.m, cols, problem.dtype, term.rank, matrix, problem.output, true}, device, stream);
 }
 
 }  // namespace qlora

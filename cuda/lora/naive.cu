@@ -59,7 +59,8 @@ __global__ __launch_bounds__(kThreads) void project_naive_kernel(const T* __rest
       for (int distance = 16; distance > 0; distance /= 2) {
         sums[j] += __shfl_xor_sync(0xFFFFFFFFu, sums[j], distance);
       }
-      if (lane == j) output[row * stride + first + j] = from_float<T>(scaling * sums[j]);
+      const float sum = first + j < rank ? scaling * sums[j] : 0.0f;
+      if (lane == j) output[row * stride + first + j] = from_float<T>(sum);
     }
   }
 }

@@ -88,6 +88,9 @@ def lora_linear(
             low = narrow @ a.to(x.dtype).t()
             result = add_low_rank(linear(rows, weight, state, bias), low, b.to(x.dtype), scaling)
         return result.view(*x.shape[:-1], result.shape[-1])
+    if x.dtype is torch.float16 and abs(scaling) > 1:
+        # scaling x' A^T is kept in x's dtype, and might be too large for it.
+        b, scaling = b * scaling, 1.0
     if torch.compiler.is_compiling():
         return _lora_forward(x, weight, state, bias, a, b, scaling, adapter_input)[0]
     fused: Tensor = _LoraLinear.apply(x, weight, state, bias, a, b, scaling, adapter_input)
