@@ -147,3 +147,12 @@ def test_a_scaled_float16_update_does_not_overflow(device: str) -> None:
     torch.testing.assert_close(
         update, torch.full_like(update, 64 * 300 * 0.1 * K * 1e-4 * 8), rtol=0.02, atol=1
     )
+
+
+def test_vmap_over_adapters(device: str) -> None:
+    layer = quantized_linear(device, compute_dtype="float32")
+    x = randn(5, K, seed=3, device=device)
+    a, b = randn(3, R, K, seed=4, device=device), randn(3, N, R, seed=5, device=device)
+    got = torch.vmap(lambda a, b: layer.forward_with_lora(x, a, b, SCALING))(a, b)
+    for i in range(3):
+        torch.testing.assert_close(got[i], layer.forward_with_lora(x, a[i], b[i], SCALING))
