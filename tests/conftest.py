@@ -22,7 +22,7 @@ def full_float32() -> None:
     """No TF32: trainers of other tests, and some machines' settings, allow it for the whole process."""
     torch.backends.cuda.matmul.allow_tf32 = False  # first: torch wants the older name to agree with the newer
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.fp32_precision = "ieee"
+    torch.backends.fp32_precision = "none"  # what it was
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ inline constexpr int64_t kLeftMultiple = 64;  // columns: what a kernel takes fr
 inline int64_t left_columns(int64_t rank) { return round_up(rank, kLeftMultiple); }
 
 // Adds left [m, rank] right^T with right [n, rank] to y, or left right with right [rank, k] to dx. `left` holds the
-// scaling: s x A^T, whose right is B, or s dy B, whose right is A.
+// scaling: s x A^T, whose right is B, or s dy B, whose right is A. Pointers are null where only sizes are asked for.
 struct LowRank {
   const void* left;     // [m, left_stride] of the problem's dtype, zeros from column rank on
   int64_t left_stride;  // left_columns(rank)

@@ -71,7 +71,7 @@ inline void add_update(const Product& product, const FewRowsSpace& space, int64_
   constexpr int kCols = kVectors * kWidth;
   const LowRank& term = product.update.low_rank;
   load_few_rows<kType, kRows>(term.left, term.left_stride, 0, term.rank, space.input);
-  load_right<kCols>(product, col, space.right);
+  load_right<kType, kCols>(product, col, space.right);
   Sums<kRows, kVectors> sums;
   sums.clear();
   for (int64_t d = 0; d < term.rank; ++d) {

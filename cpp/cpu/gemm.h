@@ -47,23 +47,24 @@ struct Product {
 
 inline bool has_update(const Product& product) { return product.update.low_rank.rank > 0; }
 
-// panel [rank, kCols] = R[:, col:col + kCols], zeros past the last column.
-template <int kCols>
+// panel [rank, kCols] = R[:, col:col + kCols] rounded to kType, zeros past the last column.
+template <qlora_dtype kType, int kCols>
 inline void load_right(const Product& product, int64_t col, float* panel) {
   const LowRank& term = product.update.low_rank;
   const int64_t count = smaller(kCols, product.cols - col);
   with_dtype(term.right_dtype, [&](auto type) {
-    constexpr qlora_dtype kType = decltype(type)::value;
+    constexpr qlora_dtype kRight = decltype(type)::value;
     for (int64_t d = 0; d < term.rank; ++d) {
       float* row = panel + d * kCols;
       for (int64_t c = count; c < kCols; ++c) row[c] = 0.0f;
       for (int64_t c = 0; c < count; c += product.update.is_transposed ? 1 : kWidth) {
         if (product.update.is_transposed) {
-          row[c] = load_one<kType>(term.right, (col + c) * term.rank + d);
+          row[c] = load_one<kRight>(term.right, (col + c) * term.rank + d);
         } else {
-          load_to<kType>(term.right, d * product.cols + col + c, smaller(kWidth, count - c), row + c);
+          load_to<kRight>(term.right, d * product.cols + col + c, smaller(kWidth, count - c), row + c);
         }
       }
+      for (int c = 0; c < kCols; c += kWidth) store(row + c, round_to<kType>(load(row + c)));
     }
   });
 }
@@ -209,7 +210,7 @@ inline void multiply_all(const Product& product, Decode decode) {
         const LowRank& term = product.update.low_rank;
         pack_input<kType>(term.left, term.left_stride, row, rows, 0, term.rank, space.input);
         multiply_strip(space, rows, rows_each, col, col_end, term.rank, false,
-                       [&](int64_t c) { load_right<kTileCols>(product, c, space.panel); });
+                       [&](int64_t c) { load_right<kType, kTileCols>(product, c, space.panel); });
       }
       for (int64_t c = col; c < col_end; c += kTileCols) {
         write_tile<kType>(product, space.sums + (c - col) * rows_each, row, rows, c, kTileCols);

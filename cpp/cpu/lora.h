@@ -11,6 +11,7 @@ namespace qlora::cpu::QLORA_LEVEL {
 namespace {
 
 constexpr int kGradientRows = 4;  // rows of left^T whose sums are in registers at once
+constexpr int kChains = 4;        // sums that do not wait for each other
 
 inline float sum_lanes(Floats x) {
   float lanes[kWidth], sum = 0.0f;
@@ -19,36 +20,69 @@ inline float sum_lanes(Floats x) {
   return sum;
 }
 
-// sums [cols] = row [depth] times R^T's rows.
-template <qlora_dtype kType>
-inline void multiply_row_transposed(const AdapterProduct& product, const float* row, float* sums) {
-  for (int64_t c = 0; c < product.cols; ++c) {
-    Floats sum = broadcast(0.0f);
-    int64_t d = 0;
-    for (; d + kWidth <= product.depth; d += kWidth) {
-      sum = multiply_add(load(row + d), load_as<kType>(product.right, c * product.depth + d), sum);
-    }
-    if (d < product.depth) {
-      const Floats rest = load_partial_as<kType>(product.right, c * product.depth + d, product.depth - d);
-      sum = multiply_add(load(row + d), rest, sum);
-    }
-    sums[c] = sum_lanes(sum);
-  }
+// Values of an adapter, rounded to the dtype of the activations; the first `count` of a vector.
+template <qlora_dtype kType, qlora_dtype kRight>
+inline Floats load_right(const AdapterProduct& product, int64_t i, int64_t count = kWidth) {
+  const Floats right =
+      count < kWidth ? load_partial_as<kRight>(product.right, i, count) : load_as<kRight>(product.right, i);
+  return kRight == kType ? right : round_to<kType>(right);
 }
 
-// The same with the rows of R.
-template <qlora_dtype kType>
-inline void multiply_row(const AdapterProduct& product, const float* row, float* sums) {
-  for (int64_t c = 0; c < product.cols; c += kWidth) {
-    const int64_t count = smaller(kWidth, product.cols - c);
-    Floats sum = broadcast(0.0f);
-    for (int64_t d = 0; d < product.depth; ++d) {
-      const int64_t from = d * product.cols + c;
-      const Floats right =
-          count == kWidth ? load_as<kType>(product.right, from) : load_partial_as<kType>(product.right, from, count);
-      sum = multiply_add(broadcast(row[d]), right, sum);
+// sums [kCount] = row [depth] times columns c.. of R, whose values lie in rows of R^T.
+template <qlora_dtype kType, qlora_dtype kRight, int kCount>
+inline void multiply_columns(const AdapterProduct& product, const float* row, int64_t c, float* sums) {
+  Floats sum[kCount];
+  for (Floats& one : sum) one = broadcast(0.0f);
+  int64_t d = 0;
+  for (; d + kWidth <= product.depth; d += kWidth) {
+    const Floats x = load(row + d);
+    for (int i = 0; i < kCount; ++i) {
+      sum[i] = multiply_add(x, load_right<kType, kRight>(product, (c + i) * product.depth + d), sum[i]);
     }
-    store(sums + c, sum);
+  }
+  if (d < product.depth) {
+    const Floats x = load(row + d);
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t from = (c + i) * product.depth + d;
+      sum[i] = multiply_add(x, load_right<kType, kRight>(product, from, product.depth - d), sum[i]);
+    }
+  }
+  for (int i = 0; i < kCount; ++i) sums[i] = sum_lanes(sum[i]);
+}
+
+// sums [cols] = row [depth] times R, whose transpose is stored.
+template <qlora_dtype kType, qlora_dtype kRight>
+inline void multiply_row_transposed(const AdapterProduct& product, const float* row, float* sums) {
+  int64_t c = 0;
+  for (; c + kChains <= product.cols; c += kChains) multiply_columns<kType, kRight, kChains>(product, row, c, sums + c);
+  for (; c < product.cols; ++c) multiply_columns<kType, kRight, 1>(product, row, c, sums + c);
+}
+
+// sums [kVectors * kWidth] = row [depth] times columns c.. of R; of one vector `count` columns.
+template <qlora_dtype kType, qlora_dtype kRight, int kVectors>
+inline void multiply_vectors(const AdapterProduct& product, const float* row, int64_t c, int64_t count, float* sums) {
+  Floats sum[kVectors];
+  for (Floats& one : sum) one = broadcast(0.0f);
+  for (int64_t d = 0; d < product.depth; ++d) {
+    const Floats x = broadcast(row[d]);
+    const int64_t from = d * product.cols + c;
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats right = load_right<kType, kRight>(product, from + v * kWidth, count);
+      sum[v] = multiply_add(x, right, sum[v]);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) store(sums + v * kWidth, sum[v]);
+}
+
+// sums [cols] = row [depth] times R.
+template <qlora_dtype kType, qlora_dtype kRight>
+inline void multiply_row(const AdapterProduct& product, const float* row, float* sums) {
+  constexpr int kCols = kChains * kWidth;
+  int64_t c = 0;
+  for (; c + kCols <= product.cols; c += kCols)
+    multiply_vectors<kType, kRight, kChains>(product, row, c, kCols, sums + c);
+  for (; c < product.cols; c += kWidth) {
+    multiply_vectors<kType, kRight, 1>(product, row, c, smaller(kWidth, product.cols - c), sums + c);
   }
 }
 
@@ -64,8 +98,8 @@ inline void adapter_product(const AdapterProduct& product, int64_t row_begin, in
       }
       with_dtype(product.right_dtype, [&](auto right_type) {
         constexpr qlora_dtype kRight = decltype(right_type)::value;
-        if (product.is_right_transposed) return multiply_row_transposed<kRight>(product, row, sums);
-        multiply_row<kRight>(product, row, sums);
+        if (product.is_right_transposed) return multiply_row_transposed<kType, kRight>(product, row, sums);
+        multiply_row<kType, kRight>(product, row, sums);
       });
       const int64_t to = i * product.output_stride;
       for (int64_t c = 0; c < product.cols; c += kWidth) {
@@ -84,9 +118,11 @@ inline void adapter_product(const AdapterProduct& product, int64_t row_begin, in
   });
 }
 
-// Rows [row, row + rows) of left^T times columns [col, col + count) of x: kVectors whole vectors, or part of one.
+// Rows [row, row + rows) of left^T, as fp32 in lefts [m, kGradientRows], times columns [col, col + count) of x:
+// kVectors whole vectors, or part of one.
 template <qlora_dtype kType, int kVectors>
-inline void gradient_tile(const AdapterGradient& gradient, int64_t row, int64_t rows, int64_t col, int64_t count) {
+inline void gradient_tile(const AdapterGradient& gradient, const float* lefts, int64_t row, int64_t rows, int64_t col,
+                          int64_t count) {
   Floats sums[kGradientRows][kVectors];
   for (auto& of_row : sums) {
     for (Floats& sum : of_row) sum = broadcast(0.0f);
@@ -98,8 +134,8 @@ inline void gradient_tile(const AdapterGradient& gradient, int64_t row, int64_t 
       x[v] = count < kWidth ? load_partial_as<kType>(gradient.x, from, count)
                             : load_as<kType>(gradient.x, from + v * kWidth);
     }
-    for (int64_t j = 0; j < rows; ++j) {
-      const Floats left = broadcast(load_one<kType>(gradient.left, i * gradient.left_stride + row + j));
+    for (int j = 0; j < kGradientRows; ++j) {
+      const Floats left = broadcast(lefts[i * kGradientRows + j]);
       for (int v = 0; v < kVectors; ++v) sums[j][v] = multiply_add(left, x[v], sums[j][v]);
     }
   }
@@ -119,14 +155,22 @@ inline void gradient_tile(const AdapterGradient& gradient, int64_t row, int64_t 
 
 inline void adapter_gradient(const AdapterGradient& gradient, int64_t col_begin, int64_t col_end) {
   constexpr int kVectors = 2, kCols = kVectors * kWidth;
+  float* lefts = scratch(static_cast<size_t>(gradient.m * kGradientRows));
   with_dtype(gradient.dtype, [&](auto type) {
     constexpr qlora_dtype kType = decltype(type)::value;
     for (int64_t row = 0; row < gradient.rank; row += kGradientRows) {
       const int64_t rows = smaller(kGradientRows, gradient.rank - row);
+      for (int64_t i = 0; i < gradient.m; ++i) {
+        for (int64_t j = 0; j < kGradientRows; ++j) {
+          const int64_t from = i * gradient.left_stride + row + j;
+          lefts[i * kGradientRows + j] = j < rows ? load_one<kType>(gradient.left, from) : 0.0f;
+        }
+      }
       int64_t col = col_begin;
-      for (; col + kCols <= col_end; col += kCols) gradient_tile<kType, kVectors>(gradient, row, rows, col, kCols);
+      for (; col + kCols <= col_end; col += kCols)
+        gradient_tile<kType, kVectors>(gradient, lefts, row, rows, col, kCols);
       for (; col < col_end; col += kWidth) {
-        gradient_tile<kType, 1>(gradient, row, rows, col, smaller(kWidth, col_end - col));
+        gradient_tile<kType, 1>(gradient, lefts, row, rows, col, smaller(kWidth, col_end - col));
       }
     }
   });

@@ -61,6 +61,15 @@ inline void store_partial_as(void* y, int64_t i, Floats values, int64_t count) {
   __builtin_memcpy(at<kType>(y, i), lanes.bytes, static_cast<size_t>(count * kBytes<kType>));
 }
 
+// Rounded to kType.
+template <qlora_dtype kType>
+inline Floats round_to(Floats x) {
+  if constexpr (kType == QLORA_FLOAT32) return x;
+  PartialVector rounded;
+  store_as<kType>(rounded.bytes, 0, x);
+  return load_as<kType>(rounded.bytes, 0);
+}
+
 template <qlora_dtype kType>
 inline float load_one(const void* x, int64_t i) {
   float lanes[kWidth];

@@ -1,5 +1,5 @@
 // The operators of torch.ops.qlora: this file is their table of contents. CPU implementations: cpu.cpp; CUDA: cuda.cpp;
-// fake kernels, autograd and the public wrappers: python/qlora/ops.py, group_ops.py.
+// fake kernels, autograd and the public wrappers: python/qlora/ops.py, group_ops.py, lora_ops.py.
 //
 // A 4-bit weight travels as `packed, absmax, nested_absmax?, nested_quant_map?, nested_offset?, shape, block_size,
 // quant_type` everywhere, the names of the checkpoint keys:

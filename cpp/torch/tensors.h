@@ -236,6 +236,8 @@ struct GroupLists {
       STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(rows.size()), "qlora.", op,
                       ": biased: expected indices from 0 to ", rows.size(), " - 1, got ", i);
     }
+    STD_TORCH_CHECK(!nested_absmax.empty() || (nested_quant_map.empty() && nested_offset.empty()), "qlora.", op,
+                    ": nested_absmax: expected beside nested_quant_map and nested_offset, got an empty list");
     if (nested_absmax.empty()) return;
     check_size("nested_absmax", nested_absmax.size());
     check_size("nested_quant_map", nested_quant_map.size());

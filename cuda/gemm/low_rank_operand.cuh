@@ -11,7 +11,7 @@ namespace qlora {
 
 #if defined(__CUDACC__)
 
-// 8 values in T, the first `count` from `source`. is_whole: they lie at a multiple of their bytes, at most 16.
+// 8 values in T, the first `count` from `source`. is_whole: 16-byte aligned.
 template <typename T, typename Value>
 __device__ __forceinline__ uint4 load_eight(const Value* source, int count, bool is_whole) {
   float values[8] = {};
@@ -48,7 +48,7 @@ __device__ __forceinline__ void copy_right_of(const LowRank& term, int first, in
 }
 
 // Rows first.. and columns first_col.., by the first kThreads threads; zeros behind the last row and column. is_whole:
-// of a row, 8 values lie at a multiple of their bytes, at most 16.
+// 8 values of a row are 16-byte aligned.
 template <typename T, int kRows, int kThreads>
 __device__ __noinline__ void copy_right(const LowRank& term, int first, int num_rows, int first_col, bool is_whole,
                                         unsigned char* to) {

@@ -6,7 +6,7 @@
 
 #include "core/status.h"
 #include "cuda/gemm/gemm.h"
-#include "cuda/lora/lora_linear.h"
+#include "cuda/lora/lora.h"
 
 namespace qlora {
 namespace {

@@ -63,7 +63,7 @@ struct Arguments {
   int depth;
   LowRank low_rank;
   int num_low_blocks;         // of kInputDepth columns of its left operand
-  bool are_right_rows_whole;  // 8 values of a row: aligned to their bytes
+  bool are_right_rows_whole;  // 8 values of a row: aligned to 16 bytes
   bool is_weight_aligned;     // packed to 16 bytes
   bool is_input_aligned;      // rows to 16 bytes
   bool are_scales_aligned;    // 4 scales of a row: 4 or 16 aligned bytes in one nested block
@@ -534,13 +534,11 @@ Arguments arguments_of(const Gemm& problem, const Device& device) {
   arguments.rows = static_cast<int>(weight.rows);
   arguments.cols = static_cast<int>(weight.cols);
   arguments.depth = static_cast<int>(depth_of(problem));
-  if (Kind::kFusesLowRank) {
+  if constexpr (Kind::kFusesLowRank) {
     const LowRank& term = problem.low_rank;
-    const int64_t value_bytes = size_of(term.right_dtype);
     arguments.low_rank = term;
     arguments.num_low_blocks = static_cast<int>(ceil_div(term.rank, kInputDepth));
-    arguments.are_right_rows_whole =
-        term.rank % 8 == 0 && is_aligned(term.right, std::min<int64_t>(8 * value_bytes, 16));
+    arguments.are_right_rows_whole = term.rank % 8 == 0 && is_aligned(term.right, 16);
   }
   arguments.is_weight_aligned = is_aligned(weight.packed, 16);
   arguments.is_input_aligned = is_aligned(problem.input, 16) && arguments.depth % 8 == 0;

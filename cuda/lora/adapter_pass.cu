@@ -12,9 +12,10 @@
 // kernels would read twice. Where more than 64 ranks are asked for, blocks of the same tile run side by side, so that
 // all but one find it in L2.
 //
-// Bounds: kMaxPartBytes for the parts of each. More rows than fit are taken in windows, one after the other, whose
-// gradients are added to the parts there are; a gradient that does not fit is taken in windows of columns, and then
-// apart from the projection. Any shape and address, x unaligned at the cost of copies value by value.
+// Bounds: kMaxPartBytes for each of the projection's 4 R ceil(cols / 256) rows bytes and the gradient's 4 R cols blocks
+// of rows, where R is the rank rounded up to a multiple of 16. More rows than fit are taken in windows, one after the
+// other, whose gradients are added to the parts there are; a gradient that does not fit is taken in windows of columns,
+// and then apart from the projection. Any shape and address, x unaligned at the cost of copies value by value.
 #include <algorithm>
 #include <cstdint>
 
@@ -23,6 +24,7 @@
 #include "cuda/device/mma.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
+#include "cuda/lora/finish_parts.h"
 #include "cuda/lora/lora.h"
 #include "cuda/lora/tile.cuh"
 #include "cuda/remember.h"
@@ -41,8 +43,6 @@ constexpr int kWarpRows = kRows / kWarps;
 constexpr int kMaxStages = 3;
 constexpr int kChunks = kCols / kChunkValues;
 constexpr int kTileBytes = kRows * kCols * 2;
-constexpr int kFinishThreads = 128;
-constexpr int kLoads = 8;  // parts on their way at once
 
 struct Arguments {
   const uint16_t* x;
@@ -64,6 +64,10 @@ struct Arguments {
   bool is_added;          // to the gradient parts that are there
 };
 
+template <bool kProjects, bool kReduces>
+constexpr int kThreads = kWarps * 32 * (kProjects + kReduces);
+template <int kRanks>
+constexpr int kMinBlocks = kRanks <= 32 ? 2 : 1;  // of a multiprocessor: 64 ranks take all registers
 template <int kRanks>
 constexpr int kLeftBytes = kRows * kRanks * 2;
 template <int kRanks, bool kProjects, bool kReduces>
@@ -113,7 +117,7 @@ __device__ __forceinline__ void reduce_tile(uint32_t tile, uint32_t left, int wa
   const int lane = threadIdx.x % 32;
   const int matrix = lane / 8;
   const int row = lane % 8;
-#pragma unroll(64 / kRanks)  // 64 ranks fill the registers
+#pragma unroll(kRanks == 16 ? 4 : 1)  // more ranks fill the registers
   for (int r = 0; r < kRows / 16; ++r) {
     uint32_t b[kRanks / 16][4];
 #pragma unroll
@@ -159,15 +163,14 @@ __device__ __forceinline__ void for_each_gradient(const Arguments& arguments, in
 }
 
 template <typename T, int kRanks, bool kProjects, bool kReduces>
-__global__ __launch_bounds__(kWarps * 32 * (kProjects + kReduces),
-                             kRanks <= 32 ? 2
-                                          : 1) void adapter_pass_kernel(const __grid_constant__ Arguments arguments) {
+__global__ __launch_bounds__(kThreads<kProjects, kReduces>,
+                             kMinBlocks<kRanks>) void adapter_pass_kernel(const __grid_constant__ Arguments arguments) {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
 #endif
   extern __shared__ __align__(128) unsigned char shared_memory[];
-  constexpr int kThreads = kWarps * 32 * (kProjects + kReduces);
+  constexpr int kNumThreads = kThreads<kProjects, kReduces>;
   const int thread = threadIdx.x;
   const uint32_t narrow = shared_address(shared_memory);
   const uint32_t tiles = narrow + (kProjects ? kRanks * kCols * 2 : 0);
@@ -188,11 +191,11 @@ __global__ __launch_bounds__(kWarps * 32 * (kProjects + kReduces),
       const int64_t row = begin + int64_t{index} * kRows;
       load_tile<kRows, kChunks>(tiles + stage * kTileBytes, arguments.x + row * arguments.row_length + first_col,
                                 arguments.row_length, end - row, arguments.cols - first_col, arguments.is_aligned,
-                                thread, kThreads);
+                                thread, kNumThreads);
       if constexpr (kReduces) {
         load_tile<kRows, kRanks / kChunkValues>(lefts + stage * kLeftBytes<kRanks>,
                                                 arguments.left + row * arguments.left_stride + first_rank,
-                                                arguments.left_stride, end - row, kRanks, true, thread, kThreads);
+                                                arguments.left_stride, end - row, kRanks, true, thread, kNumThreads);
       }
     }
     commit_copies();  // also where there is nothing to copy, so that commits count tiles
@@ -200,7 +203,7 @@ __global__ __launch_bounds__(kWarps * 32 * (kProjects + kReduces),
   for (int index = 0; index + 1 < arguments.num_stages; ++index) load(index);
   if constexpr (kProjects) {
     load_narrow<T, kCols, false>(narrow, arguments.narrow, int64_t{first_rank}, kRanks, arguments.rank, first_col,
-                                 arguments.cols, thread, kThreads);
+                                 arguments.cols, thread, kNumThreads);
   }
 
   const int warp = thread / 32;
@@ -240,77 +243,6 @@ __global__ __launch_bounds__(kWarps * 32 * (kProjects + kReduces),
     if (is_projecting) return;
     for_each_gradient<kRanks>(arguments, row_block, first_col, first_rank, warp_of_product, gradient,
                               [](float2* place, float low, float high) { *place = make_float2(low, high); });
-  }
-}
-
-// sums [kCount] of parts `stride` floats apart, in their order.
-template <int kCount>
-__device__ __forceinline__ void add_up(const float* parts, int num_parts, int64_t stride, float (&sums)[kCount]) {
-  for (int first = 0; first < num_parts; first += kLoads) {
-    float4 loaded[kLoads][kCount / 4];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const float* const source = parts + min(first + i, num_parts - 1) * stride;
-#pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) loaded[i][j] = reinterpret_cast<const float4*>(source)[j];
-    }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (first + i >= num_parts) break;
-#pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-        sums[4 * j] += loaded[i][j].x;
-        sums[4 * j + 1] += loaded[i][j].y;
-        sums[4 * j + 2] += loaded[i][j].z;
-        sums[4 * j + 3] += loaded[i][j].w;
-      }
-    }
-  }
-}
-
-// output [m, stride] = scaling times the sum of parts [num_parts, m, padded_rank]; a thread 4 columns.
-template <typename T>
-__global__ __launch_bounds__(kFinishThreads) void finish_projection_kernel(const float* __restrict__ parts,
-                                                                           int num_parts, int64_t m, int rank,
-                                                                           int padded_rank, float scaling,
-                                                                           T* __restrict__ output, int stride) {
-#if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
-#endif
-  const int64_t index = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
-  const int64_t row = index / (stride / 4);
-  const int col = static_cast<int>(index % (stride / 4)) * 4;
-  if (row >= m) return;
-  float sums[4] = {};
-  if (col < rank) add_up(parts + row * padded_rank + col, num_parts, m * padded_rank, sums);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sums[i] = col + i < rank ? scaling * sums[i] : 0.0f;
-  *reinterpret_cast<uint2*>(output + row * stride + col) = make_uint2(Word<T>::pack(sums), Word<T>::pack(sums + 2));
-}
-
-// output [col * col_stride + rank * rank_stride] = the sum of parts [num_parts, cols, padded_rank]; a thread 8 ranks.
-template <typename T>
-__global__ __launch_bounds__(kFinishThreads) void finish_gradient_kernel(const float* __restrict__ parts, int num_parts,
-                                                                         int64_t cols, int rank, int padded_rank,
-                                                                         T* __restrict__ output, int64_t col_stride,
-                                                                         int64_t rank_stride) {
-#if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
-#endif
-  const int64_t index = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
-  const int num_groups = padded_rank / 8;
-  // Threads that are neighbours write what is.
-  const bool is_rank_fast = rank_stride == 1;
-  const int64_t col = is_rank_fast ? index / num_groups : index % cols;
-  const int first = static_cast<int>(is_rank_fast ? index % num_groups : index / cols) * 8;
-  if (col >= cols || first >= rank) return;
-  float sums[8] = {};
-  add_up(parts + col * padded_rank + first, num_parts, cols * padded_rank, sums);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (first + i < rank) output[col * col_stride + (first + i) * rank_stride] = from_float<T>(sums[i]);
   }
 }
 
@@ -390,7 +322,7 @@ void launch_window(const Arguments& arguments, int num_row_blocks, const Device&
   allow_shared_bytes(device, reinterpret_cast<const void*>(kernel), bytes);
   const int blocks = num_row_blocks * arguments.num_col_blocks * arguments.num_rank_blocks;
   launch_early("adapter_pass_kernel", kernel,
-               LaunchShape{static_cast<unsigned>(blocks), kWarps * 32 * (kProjects + kReduces), bytes}, device, stream,
+               LaunchShape{static_cast<unsigned>(blocks), kThreads<kProjects, kReduces>, bytes}, device, stream,
                arguments);
 }
 
@@ -406,21 +338,6 @@ void launch_window(const Arguments& arguments, int ranks, int num_row_blocks, co
     } else {
       launch_window<T, kRanks, true, true>(arguments, num_row_blocks, device, stream);
     }
-  });
-}
-
-// gradient[:, first_col..first_col + cols] = the sum of the parts.
-void finish_gradient(const AdapterPass& pass, const Plan& plan, const float* parts, int64_t first_col, int64_t cols,
-                     const Device& device, cudaStream_t stream) {
-  dispatch_dtype(pass.gradient.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const int64_t col_stride = pass.gradient.is_by_columns ? pass.rank : 1;
-    const int64_t rank_stride = pass.gradient.is_by_columns ? 1 : pass.cols;
-    T* const output = static_cast<T*>(const_cast<void*>(pass.gradient.values)) + first_col * col_stride;
-    launch_early("finish_gradient_kernel", finish_gradient_kernel<T>,
-                 LaunchShape{grid_size(cols * (plan.padded_rank / 8), kFinishThreads), kFinishThreads}, device, stream,
-                 parts, plan.num_row_blocks, cols, static_cast<int>(pass.rank), plan.padded_rank, output, col_stride,
-                 rank_stride);
   });
 }
 
@@ -454,13 +371,13 @@ void run_pass(const AdapterPass& pass, const Device& device, float* workspace, c
       const int row_blocks = static_cast<int>(ceil_div(arguments.m, plan.rows_per_block));
       launch_window<T>(arguments, plan.ranks, row_blocks, device, stream);
       if (!projects) continue;
-      launch_early("finish_projection_kernel", finish_projection_kernel<T>,
-                   LaunchShape{grid_size(arguments.m * (left_stride / 4), kFinishThreads), kFinishThreads}, device,
-                   stream, arguments.projection_parts, arguments.num_col_blocks, arguments.m,
-                   static_cast<int>(pass.rank), plan.padded_rank, pass.scaling,
-                   static_cast<T*>(pass.output) + first_row * left_stride, static_cast<int>(left_stride));
+      T* const output = static_cast<T*>(pass.output) + first_row * left_stride;
+      finish_projection({arguments.projection_parts, arguments.num_col_blocks, plan.padded_rank}, arguments.m,
+                        pass.rank, pass.scaling, output, left_stride, pass.dtype, device, stream);
     }
-    if (reduces) finish_gradient(pass, plan, arguments.gradient_parts, first_col, arguments.cols, device, stream);
+    if (!reduces) continue;
+    finish_gradient({arguments.gradient_parts, plan.num_row_blocks, plan.padded_rank}, arguments.cols, pass.rank,
+                    pass.gradient, first_col, pass.cols, device, stream);
   }
 }
 

@@ -41,7 +41,7 @@ inline constexpr int64_t kMaxPartBytes = 16 << 20;
 int64_t adapter_pass_workspace_size(const AdapterPass& pass, const Device& device);
 void adapter_pass(const AdapterPass& pass, const Device& device, void* workspace, cudaStream_t stream);
 
-// naive.cu: the same in any dtype, a thread an output, without workspace. What serves float32.
+// naive.cu: the same in any dtype, without workspace. What serves float32.
 void adapter_pass_naive(const AdapterPass& pass, cudaStream_t stream);
 
 // add_low_rank.cu: output [m, cols] (+)= left [m, rank] S, rounded once more where it is added to what is there.
@@ -59,5 +59,11 @@ void add_low_rank(const LowRankSum& sum, const Device& device, cudaStream_t stre
 
 // naive.cu: the same in any dtype.
 void add_low_rank_naive(const LowRankSum& sum, cudaStream_t stream);
+
+// update.cpp: whether the kernels on the tensor cores serve it, 16 bits on sm_80 and newer; the sum by what serves it;
+// and the low-rank term of a problem added to its output.
+bool is_narrow_fast(qlora_dtype dtype, const Device& device);
+void run_sum(const LowRankSum& sum, const Device& device, cudaStream_t stream);
+void add_update(const Gemm& problem, const Device& device, cudaStream_t stream);
 
 }  // namespace qlora

@@ -16,9 +16,6 @@ namespace {
 
 constexpr int64_t kAlignment = 256;
 
-// Whether the kernels on the tensor cores serve it: 16 bits, sm_80 and newer.
-bool is_narrow_fast(qlora_dtype dtype, const Device& device) { return dtype != QLORA_FLOAT32 && device.major >= 8; }
-
 int64_t pass_workspace_size(const AdapterPass& pass, const Device& device) {
   const bool is_empty = pass.cols == 0 || (pass.output == nullptr && pass.gradient.values == nullptr);
   return is_empty || !is_narrow_fast(pass.dtype, device) ? 0 : adapter_pass_workspace_size(pass, device);
@@ -34,15 +31,6 @@ void run_pass(const AdapterPass& pass, const Device& device, void* workspace, cu
     adapter_pass(pass, device, workspace, stream);
   } else {
     adapter_pass_naive(pass, stream);
-  }
-}
-
-void run_sum(const LowRankSum& sum, const Device& device, cudaStream_t stream) {
-  if (sum.m == 0 || sum.cols == 0) return;
-  if (is_narrow_fast(sum.dtype, device)) {
-    add_low_rank(sum, device, stream);
-  } else {
-    add_low_rank_naive(sum, stream);
   }
 }
 
@@ -102,9 +90,12 @@ int64_t lora_workspace_size(const LoraLinear& problem, const Device& device) {
   char asked = 0;  // only whether a pointer is null is read
   const bool is_forward = gemm.direction == Direction::kForward;
   const bool has_product = (is_forward ? gemm.weight.rows : gemm.weight.cols) > 0;
-  Gemm product = gemm;  // with the term, on which the choice of a kernel may depend
-  if (is_forward) product.low_rank = term_of(problem, &asked, &asked, problem.lora.b_dtype);
-  int64_t size = has_product ? gemm_workspace_size(product, device) : 0;
+  int64_t size = 0;
+  if (has_product) {  // with the term and, where x' is separate, without it
+    Gemm with_term = gemm;
+    with_term.low_rank.rank = problem.lora.rank;
+    size = std::max(gemm_workspace_size(gemm, device), gemm_workspace_size(with_term, device));
+  }
   if (is_forward) return std::max(size, pass_workspace_size(forward_pass(problem, &asked), device));
   for (const AdapterPass& pass : {dy_pass(problem, &asked, &asked), dy_pass(problem, &asked, nullptr),
                                   dy_pass(problem, nullptr, &asked), x_pass(problem, &asked, &asked)}) {
@@ -149,14 +140,6 @@ void run_lora_backward(const LoraLinear& problem, const Device& device, cudaStre
     run_sum({dleft, gemm.m, k, gemm.dtype, problem.lora.rank, a, problem.dadapter_x, false}, device, stream);
   }
   run_pass(x_pass(problem, dleft, problem.da), device, gemm.workspace, stream);
-}
-
-void add_update(const Gemm& problem, const Device& device, cudaStream_t stream) {
-  const bool is_forward = problem.direction == Direction::kForward;
-  const LowRank& term = problem.low_rank;
-  const int64_t cols = is_forward ? problem.weight.rows : problem.weight.cols;
-  const AdapterMatrix matrix = {term.right, term.right_dtype, is_forward};
-  run_sum({term.left, problem.m, cols, problem.dtype, term.rank, matrix, problem.output, true}, device, stream);
 }
 
 }  // namespace qlora

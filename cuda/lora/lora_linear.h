@@ -31,7 +31,4 @@ int64_t lora_workspace_size(const LoraLinear& problem, const Device& device);
 void run_lora_forward(const LoraLinear& problem, const Device& device, cudaStream_t stream);
 void run_lora_backward(const LoraLinear& problem, const Device& device, cudaStream_t stream);
 
-// Adds the problem's low-rank term to its output.
-void add_update(const Gemm& problem, const Device& device, cudaStream_t stream);
-
 }  // namespace qlora

@@ -1,5 +1,6 @@
-// The products of lora.h in any dtype and at any address, a thread an output, sums in fp32 in ascending order: what
-// serves float32, and what the others are compared with. S is rounded to the dtype of the activations.
+// The products of lora.h in any dtype and at any address, sums in fp32: what serves float32. A warp a row of the
+// projection and 8 ranks, its lanes every 32nd column; else a thread an output, in ascending order. S is rounded to the
+// dtype of the activations.
 #include <cstdint>
 
 #include "cuda/device/numeric.cuh"
@@ -14,6 +15,8 @@ namespace {
 using lora::Narrow;
 
 constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kRanks = 8;  // of a warp
 
 template <typename T>
 __device__ __forceinline__ float load_rounded(const Narrow& narrow, int64_t rank, int64_t col) {
@@ -32,25 +35,37 @@ __device__ __forceinline__ float load_rounded(const Narrow& narrow, int64_t rank
 __device__ __forceinline__ int64_t first_index() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
 __device__ __forceinline__ int64_t index_step() { return int64_t{gridDim.x} * kThreads; }
 
-// output [m, stride]
+// output [m, stride], stride a multiple of kRanks
 template <typename T>
 __global__ __launch_bounds__(kThreads) void project_naive_kernel(const T* __restrict__ x, int64_t m, int64_t cols,
                                                                  Narrow narrow, int64_t rank, float scaling,
                                                                  T* __restrict__ output, int64_t stride) {
-  for (int64_t index = first_index(); index < m * stride; index += index_step()) {
-    const int64_t row = index / stride;
-    const int64_t j = index % stride;
-    float sum = 0.0f;
-    if (j < rank) {
-      for (int64_t c = 0; c < cols; ++c) {
-        sum = fmaf(to_float(x[row * cols + c]), load_rounded<T>(narrow, j, c), sum);
+  const int lane = threadIdx.x % 32;
+  const int64_t step = int64_t{gridDim.x} * kWarps;
+  for (int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; index < m * stride / kRanks; index += step) {
+    const int64_t row = index / (stride / kRanks);
+    const int64_t first = index % (stride / kRanks) * kRanks;
+    float sums[kRanks] = {};
+    for (int64_t c = lane; first < rank && c < cols; c += 32) {
+      const float value = to_float(x[row * cols + c]);
+#pragma unroll
+      for (int j = 0; j < kRanks; ++j) {
+        if (first + j < rank) sums[j] = fmaf(value, load_rounded<T>(narrow, first + j, c), sums[j]);
       }
     }
-    output[index] = from_float<T>(scaling * sum);
+#pragma unroll
+    for (int j = 0; j < kRanks; ++j) {
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2) {
+        sums[j] += __shfl_xor_sync(0xFFFFFFFFu, sums[j], distance);
+      }
+      const float sum = first + j < rank ? scaling * sums[j] : 0.0f;
+      if (lane == j) output[row * stride + first + j] = from_float<T>(sum);
+    }
   }
 }
 
-// gradient, by ranks fastest
+// gradient, a thread a value, columns fastest
 template <typename T, typename Gradient>
 __global__ __launch_bounds__(kThreads) void reduce_naive_kernel(const T* __restrict__ x, int64_t m, int64_t cols,
                                                                 const T* __restrict__ left, int64_t stride,
@@ -60,6 +75,7 @@ __global__ __launch_bounds__(kThreads) void reduce_naive_kernel(const T* __restr
     const int64_t j = index / cols;
     const int64_t c = index % cols;
     float sum = 0.0f;
+#pragma unroll 8
     for (int64_t row = 0; row < m; ++row) {
       sum = fmaf(to_float(left[row * stride + j]), to_float(x[row * cols + c]), sum);
     }
@@ -89,8 +105,8 @@ void adapter_pass_naive(const AdapterPass& pass, cudaStream_t stream) {
     using T = typename decltype(type)::type;
     const T* const x = static_cast<const T*>(pass.x);
     if (pass.output != nullptr) {
-      launch("project_naive_kernel", project_naive_kernel<T>, grid_size(pass.m * stride, kThreads), kThreads, stream, x,
-             pass.m, pass.cols, lora::narrow_of(pass.matrix, pass.rank, pass.cols), pass.rank, pass.scaling,
+      launch("project_naive_kernel", project_naive_kernel<T>, grid_size(pass.m * stride / kRanks, kWarps), kThreads,
+             stream, x, pass.m, pass.cols, lora::narrow_of(pass.matrix, pass.rank, pass.cols), pass.rank, pass.scaling,
              static_cast<T*>(pass.output), stride);
     }
     if (pass.gradient.values == nullptr) return;

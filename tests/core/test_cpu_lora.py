@@ -58,6 +58,11 @@ def padded(left: Array) -> Array:
     return np.pad(left, ((0, 0), (0, left_columns(left.shape[1]) - left.shape[1])))
 
 
+def rounded(values: Array, dtype: str, to: str) -> Array:
+    """What products in dtype `to` take of an adapter."""
+    return from_dtype(to_dtype(from_dtype(values, dtype), to), to)
+
+
 def assert_sum(
     actual: Array, x: Array, w: Array, dtype: str, scaling: float = 1.0, base: Array | float = 0.0
 ) -> None:
@@ -105,7 +110,7 @@ def test_a_product_is_the_scaled_sum_with_zeros_behind_it(
             right = randn(*((rank, depth) if is_transposed else (depth, rank)), seed=2, dtype=right_dtype)
             options = {"dtype": dtype, "right_dtype": right_dtype, "is_transposed": is_transposed}
             out = product(lib, x, right, rank, **options)
-            dense = from_dtype(right, right_dtype)
+            dense = rounded(right, right_dtype, dtype)
             assert_sum(out[:, :rank], from_dtype(x, dtype), dense.T if is_transposed else dense, dtype, 0.5)
             assert (out[:, rank:] == 0).all()
             part = product(lib, x, right, rank, **options, rows=(1, 3))
@@ -159,10 +164,10 @@ def test_the_update_is_part_of_the_sums_of_the_layer(lib: Library, dtype: str, r
                 )
                 low = from_dtype(left, dtype)
                 both = np.concatenate([from_dtype(x, dtype), low], axis=1)
-                weights = np.concatenate([dense.T, from_dtype(b, right_dtype).T])
+                weights = np.concatenate([dense.T, rounded(b, right_dtype, dtype).T])
                 assert_sum(y, both, weights, dtype, base=from_dtype(bias, dtype))
                 both = np.concatenate([from_dtype(dy, dtype), low], axis=1)
-                assert_sum(dx, both, np.concatenate([dense, from_dtype(a, right_dtype)]), dtype)
+                assert_sum(dx, both, np.concatenate([dense, rounded(a, right_dtype, dtype)]), dtype)
 
 
 def test_neither_ranges_nor_other_rows_change_the_update(lib: Library) -> None:

@@ -106,7 +106,22 @@ def drive_lora(m: int, shape: tuple[int, int], rank: int, dtype: torch.dtype) ->
             )
 
 
+def drive_wide_loras() -> None:
+    """The update as more depth of wide_sm90: in one of several parts, in clusters, of several blocks."""
+    n, k, form = 264, 1088, {"block_size": 64, "quant_type": "nf4"}
+    packed, absmax = ops.quantize_4bit(torch.randn(n, k, device="cuda"), **form)
+    os.environ["QLORA_LINEAR_KERNEL"] = "wide_sm90"
+    for m, rank in ((100, 16), (300, 100)):
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        a, b = torch.randn(rank, k, device="cuda"), torch.randn(n, rank, device="cuda")
+        for change in (lambda value: value, shifted):
+            ops.lora_linear_4bit(change(x), packed, absmax, (n, k), a, change(b), 0.5, **form)
+    torch.cuda.synchronize()
+
+
 def drive_loras() -> None:
+    if torch.cuda.get_device_capability() == (9, 0):
+        drive_wide_loras()
     os.environ["QLORA_LINEAR_KERNEL"] = "naive"
     cases = (
         (130, (264, 520), 16),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from assertions import assert_bitwise_equal, assert_within
 from qlora import ops
-from qlora.nn import quantize_
+from qlora.nn import link_groups, quantize_
 
 pytestmark = pytest.mark.gpu
 
@@ -335,6 +335,7 @@ class Layers(torch.nn.Module):
 @pytest.fixture
 def layers() -> Layers:
     model = quantize_(Layers().requires_grad_(False), device="cuda")
+    link_groups(model, in_compiled=True)
     assert isinstance(model, Layers)
     return model
 

@@ -84,8 +84,13 @@ def test_wide_sm90_sums_the_update_itself(
         case = Case.random(rank, device="cuda", shape=shape, lead=(m,), dtype=dtype, adapter_dtypes=dtypes)
         kernel("wide_sm90")
         y, left = case.forward()
-        moved = replace(case, b=shifted(case.b))
-        assert_bitwise_equal(moved.forward()[0], y)
+        x = shifted(case.x)
+        moved = replace(case, x=x, adapter_input=x, b=shifted(case.b))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            assert_bitwise_equal(moved.forward()[0], y)
+        names = [event.key for event in profile.key_averages()]
+        assert any("wide_kernel" in name for name in names)
+        assert not any("add_low_rank" in name for name in names)
         kernel("")
         check_lora(case, left, y, case.backward(left))
 

@@ -136,3 +136,23 @@ def test_autocast_to_another_dtype_than_the_compute_dtype_leaves_the_products_al
     expected = layer.forward_with_lora(x, a, b, SCALING)
     with torch.autocast(device, torch.bfloat16):
         torch.testing.assert_close(layer.forward_with_lora(x, a, b, SCALING), expected, rtol=0, atol=0)
+
+
+def test_a_scaled_float16_update_does_not_overflow(device: str) -> None:
+    """s x A^T is 245,760, more than float16 holds, where the update is 197."""
+    layer = quantized_linear(device, compute_dtype="float16")
+    x = torch.full((2, K), 300.0, device=device, dtype=torch.float16)
+    a, b = torch.full((8, K), 0.1, device=device), torch.full((N, 8), 1e-4, device=device)
+    update = layer.forward_with_lora(x, a, b, 64.0).double() - layer(x).double()
+    torch.testing.assert_close(
+        update, torch.full_like(update, 64 * 300 * 0.1 * K * 1e-4 * 8), rtol=0.02, atol=1
+    )
+
+
+def test_vmap_over_adapters(device: str) -> None:
+    layer = quantized_linear(device, compute_dtype="float32")
+    x = randn(5, K, seed=3, device=device)
+    a, b = randn(3, R, K, seed=4, device=device), randn(3, N, R, seed=5, device=device)
+    got = torch.vmap(lambda a, b: layer.forward_with_lora(x, a, b, SCALING))(a, b)
+    for i in range(3):
+        torch.testing.assert_close(got[i], layer.forward_with_lora(x, a[i], b[i], SCALING))

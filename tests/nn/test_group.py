@@ -190,6 +190,12 @@ def _in_inference_mode(model: Attention) -> None:
         model(randn(2, 128, seed=4))
 
 
+def _in_inference_mode_with_an_input_from_outside(model: Attention) -> None:
+    x = randn(2, 128, seed=4)
+    with torch.inference_mode():
+        model(x)
+
+
 def _under_a_function_mode(model: Attention) -> None:
     with BaseTorchFunctionMode():
         model(randn(2, 128, seed=4))
@@ -211,7 +217,8 @@ def _as_a_subclass(model: Attention) -> None:
 @pytest.mark.parametrize(
     "use",
     [
-        *(_many_rows, _in_inference_mode, _under_a_function_mode, _under_autocast),
+        *(_many_rows, _in_inference_mode, _in_inference_mode_with_an_input_from_outside),
+        *(_under_a_function_mode, _under_autocast),
         *(_in_another_dtype_than_the_biases, _as_a_subclass),
     ],
 )
@@ -221,6 +228,24 @@ def test_layers_compute_alone_and_the_group_stays(use: Callable[[Attention], Non
         assert calls(lambda: use(model)) == (0, 3)
         assert group_of(model).pending is None
         assert not group_of(model).is_off
+        assert calls(lambda: model(randn(2, 128, seed=4))) == (1, 0)
+
+
+def test_what_a_thread_left_is_dropped() -> None:
+    model = make_attention()
+
+    @torch.no_grad()
+    def call_the_first() -> None:
+        model.q_proj(randn(2, 128, seed=4))
+
+    thread = threading.Thread(target=call_the_first)
+    thread.start()
+    thread.join()
+    assert group_of(model).pending is not None
+    with torch.no_grad():
+        for _ in range(group.MAX_FOREIGN_CALLS + 1):
+            model.k_proj(randn(2, 128, seed=5))
+        assert group_of(model).pending is None
         assert calls(lambda: model(randn(2, 128, seed=4))) == (1, 0)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import randn
 
 from assertions import assert_bitwise_equal, assert_scale_codes_agree, assert_within
+from op_cases import randn
 from qlora import ops, reference
 
 SIZES = (1, 2, 255, 256, 257, 700, 4096)

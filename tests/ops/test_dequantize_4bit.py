@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, make_weight
 
 from assertions import assert_bitwise_equal
+from op_cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, make_weight
 from qlora import ops, reference
 
 

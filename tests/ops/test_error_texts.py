@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import make_weight, randn
 
+from op_cases import make_weight, randn
 from qlora import ops
 
 WEIGHT = make_weight(16, 64)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import QUANT_TYPES, randn
 
 from assertions import assert_bitwise_equal
+from op_cases import QUANT_TYPES, randn
 from qlora import format, ops, reference
 
 HEADER = Path(__file__).parents[2] / "cpp" / "core" / "format.h"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, Weight, linear_tolerance, make_weight, randn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from assertions import assert_bitwise_equal, assert_within
+from op_cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, Weight, linear_tolerance, make_weight, randn
 from qlora import ops, reference
 
 LEADS = ((1,), (2, 3), (17,), (130,))

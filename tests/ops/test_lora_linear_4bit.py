@@ -59,6 +59,21 @@ def test_each_gradient_is_the_same_whichever_are_asked_for(
         assert_bitwise_equal(one, other)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # opcheck's own
+@pytest.mark.parametrize("is_separate", [False, True])
+def test_opcheck_passes_where_every_operand_trains(is_separate: bool, device: str) -> None:
+    case = Case.random(4, device=device, is_separate=is_separate, has_bias=True)
+    tensors = [case.x, case.bias, case.a, case.b, case.adapter_input if is_separate else None]
+    x, bias, a, b, adapter_input = (
+        None if tensor is None else tensor.detach().clone().requires_grad_() for tensor in tensors
+    )
+    form = (case.weight.shape, case.weight.format["block_size"], case.weight.format["quant_type"])
+    arguments = (x, *case.weight.tensors, bias, a, b, case.scaling, adapter_input, *form)
+    torch.library.opcheck(torch.ops.qlora.lora_linear_4bit.default, arguments)
+
+
 def unfused(case: Case) -> tuple[Tensor, list[Tensor]]:
     """The sequence of products that the operators stand for, in the dtype of the input, as PEFT runs it."""
     x = case.x.reshape(-1, case.x.shape[-1])

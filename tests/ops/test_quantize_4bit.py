@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from op_cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, randn
 
 from assertions import assert_bitwise_equal, assert_codes_agree, assert_within
+from op_cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, randn
 from qlora import ops, reference
 
 NAN, INF = math.nan, math.inf

@@ -245,8 +245,8 @@ QLORA_API qlora_status qlora_linear_4bit_grad_input_cuda(const void* dy, int64_t
 //   dx'   = dleft A                             [m, k]   then this is the gradient of x'
 //   dA    = dleft^T x'                          [rank, k]
 //   dB    = dy^T left                           [n, rank]
-// x' is what the adapter reads: x itself, or a dropout of it. Sums are fp32, each result rounded once (on CUDA, a
-// product W and its update may be rounded one after the other: qlora_explain_linear_4bit's kernels that do not fuse).
+// x' is what the adapter reads: x itself, or a dropout of it. Sums are fp32, each result is rounded once; on CUDA y and
+// dx are rounded once before their update and once after it, unless the linear kernel adds the update to its own sums.
 // left and dleft are matrices of `dtype` whose rows are left_columns = rank rounded up to a multiple of 64 values long;
 // those from `rank` on are zeros.
 
@@ -276,8 +276,8 @@ QLORA_API qlora_status qlora_lora_linear_4bit_backward_cuda(const void* dy, cons
                                                             void* db, void* workspace, int64_t workspace_size,
                                                             int32_t device, qlora_stream stream);
 
-/// Beyond what qlora_linear_4bit_workspace_size says for the product with W, the adapter needs at most 32 MiB, and the
-/// backward pass dleft besides: m * left_columns values of `dtype`.
+/// The larger of what qlora_linear_4bit_workspace_size says for the product with W and of at most 32 MiB for the
+/// adapter's sums; in the backward pass dleft besides, m * left_columns values of `dtype`.
 /// \param[in]  lora  Only rank is read.
 QLORA_API qlora_status qlora_lora_linear_4bit_workspace_size(const qlora_weight_4bit* weight, int64_t m,
                                                              qlora_dtype dtype, const qlora_lora* lora, int is_backward,

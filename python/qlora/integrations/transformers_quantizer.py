@@ -240,7 +240,7 @@ class QloraHfQuantizer(HfQuantizer):
             announce(model)
             return model
         self._finish(model)
-        link_groups(model)
+        link_groups(model, in_compiled=True)
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             # Saving runs the conversions backwards; ours has nothing to undo, since `state_dict` is the stored layout.

@@ -81,13 +81,22 @@ def lora_linear(
 
     a [r, k] and b [n, r] may be of another float dtype; x' is adapter_input, of x's shape and dtype, or else x.
     """
-    if torch._C._are_functorch_transforms_active() or not _is_served(a, b):
+    is_transformed = torch._C._are_functorch_transforms_active()
+    if is_transformed or not _is_served(a, b):
         rows = x.reshape(-1, x.shape[-1])
         narrow = rows if adapter_input is None else adapter_input.reshape(rows.shape)
         with _no_autocast_from(x):
             low = narrow @ a.to(x.dtype).t()
-            result = add_low_rank(linear(rows, weight, state, bias), low, b.to(x.dtype), scaling)
+            result = linear(rows, weight, state, bias)
+            b = b.to(x.dtype)
+            if is_transformed:  # Under vmap over adapters the result may have fewer dimensions than the sum.
+                result = torch.addmm(result, low, b.t(), alpha=scaling)
+            else:
+                add_low_rank(result, low, b, scaling)
         return result.view(*x.shape[:-1], result.shape[-1])
+    if x.dtype is torch.float16 and abs(scaling) > 1:
+        # scaling x' A^T is kept in x's dtype, and might be too large for it.
+        b, scaling = b * scaling, 1.0
     if torch.compiler.is_compiling():
         return _lora_forward(x, weight, state, bias, a, b, scaling, adapter_input)[0]
     fused: Tensor = _LoraLinear.apply(x, weight, state, bias, a, b, scaling, adapter_input)

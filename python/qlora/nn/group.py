@@ -6,10 +6,12 @@ each of the others takes its own if it is given the same tensor, unchanged, and 
 The first call that is not so switches the group off for good: the names promised what the model does not do.
 
 Only where nothing needs a gradient, for up to MAX_ROWS rows on a GPU, in the dtype of the input. A layer under an
-active LoRA adapter is not called but for `forward_with_lora`, which takes no part in this.
+active LoRA adapter is not called but for `forward_with_lora`, which takes no part in this: the first call of a sibling
+without one switches their group off. torch.compile sees no write to the input between two siblings; so there only
+models take part whose code is known to make none: `from_pretrained` links them with in_compiled=True.
 
 What is kept goes when the last sibling has taken its own or when the group switches itself off. Another thread that
-comes meanwhile computes alone.
+comes meanwhile computes alone; after MAX_FOREIGN_CALLS of them it is dropped, for its thread may be gone.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ SIBLINGS = (
 #: Of the input, for which a group is worth its bookkeeping.
 DEVICE_TYPES = ("cuda",)
 MAX_ROWS = 16
+MAX_FOREIGN_CALLS = 64
 
 
 class Group:
@@ -48,12 +51,16 @@ class Group:
 
     Attributes:
         members: references to the layers.
+        in_compiled: whether it takes part under torch.compile.
         is_off: whether the layers compute alone from now on.
+        num_foreign: calls by other threads since one took its product.
         pending: None, or (context, input, its version, how many products are left, for each layer its operands, their
             versions and its product, or None once taken). Replaced whole, never written into.
     """
 
-    def __init__(self, layers: list[Linear4bit]) -> None:
+    def __init__(self, layers: list[Linear4bit], in_compiled: bool) -> None:
+        self.in_compiled = in_compiled
+        self.num_foreign = 0
         self.members = tuple(weakref.ref(layer) for layer in layers)
         self.is_off = False
         self.pending: tuple[Any, ...] | None = None
@@ -63,13 +70,16 @@ class Group:
         self, index: int, layer: Linear4bit, x: Tensor, state: QuantState, bias: Tensor | None
     ) -> Tensor | None:
         """The layer's x W^T + bias, kept from a sibling's call or computed with the siblings'; None: compute it alone."""
-        if self.is_off:
+        if self.is_off or (not self.in_compiled and torch.compiler.is_compiling()):
             return None
         pending = self.pending
         if pending is None:
             return self._begin(index, layer, x, state)
         context, kept_x, version, num_left, parts = pending
         if context[0] != _context(x)[0]:
+            self.num_foreign += 1
+            if self.num_foreign > MAX_FOREIGN_CALLS:
+                self.num_foreign, self.pending = 0, None
             return None
         part = parts[index]
         is_same = part is not None and x is kept_x and not _is_watched(x)
@@ -85,6 +95,7 @@ class Group:
             self.is_off, self.pending = True, None
             return None
         rest = (*parts[:index], None, *parts[index + 1 :])
+        self.num_foreign = 0
         self.pending = (context, kept_x, version, num_left - 1, rest) if num_left > 1 else None
         result: Tensor = part[-1]
         return result
@@ -110,9 +121,14 @@ class Group:
 
 
 def _is_worth_it(x: Tensor) -> bool:
-    if x.device.type not in DEVICE_TYPES or x.numel() > MAX_ROWS * x.shape[-1] or type(x) is not Tensor:
+    if torch.compiler.is_exporting():  # whose dynamic sizes MAX_ROWS would bound
         return False
-    return not _is_watched(x) and (torch.compiler.is_compiling() or not x.is_inference())
+    if x.device.type not in DEVICE_TYPES or type(x) is not Tensor or x.numel() > MAX_ROWS * x.shape[-1]:
+        return False
+    if torch.compiler.is_compiling():
+        return not _is_watched(x)
+    # Products made in inference mode could not be saved for backward by a sibling outside it.
+    return not (_is_watched(x) or x.is_inference() or torch.is_inference_mode_enabled())
 
 
 def _is_watched(x: Tensor) -> bool:
@@ -191,11 +207,16 @@ def _base_layer(module: torch.nn.Module | None) -> torch.nn.Module | None:
     return module
 
 
-def link_groups(model: torch.nn.Module) -> None:
+def link_groups(model: torch.nn.Module, *, in_compiled: bool = False) -> None:
     """Lets the 4-bit layers of a model that share their input compute together: see the top of qlora.nn.group.
 
     `quantize_` and from_pretrained have done it. Again, it links copies (which are not linked) and what had switched
     itself off.
+
+    Args:
+        model: whose modules' children are linked.
+        in_compiled: also under torch.compile, where a write to the input between two of the layers is not seen. As
+            transformers' models do no such thing, from_pretrained says True.
     """
     from .linear import Linear4bit
 
@@ -212,7 +233,7 @@ def link_groups(model: torch.nn.Module) -> None:
                 continue
             if len({layer.in_features for layer in layers}) > 1 or any(layer._group for layer in layers):
                 continue
-            group = Group(layers)
+            group = Group(layers, in_compiled)
             for index, layer in enumerate(layers):
                 layer._group = (group, index)
 
