@@ -72,9 +72,30 @@ class _CrossEntropySum(torch.autograd.Function):
         chunks = (torch.split(tensor, step) for tensor in (logits, targets, gradients))
         for rows, wanted, out in zip(*chunks, strict=True):
             ignored = wanted == ctx.ignore_index
-            chunk = _logit_gradients(_log_probabilities(rows), wanted.masked_fill(ignored, 0))
-            out.copy_(chunk.mul_(grad_total).masked_fill_(ignored[:, None], 0.0))
+            # No name for the chunk's gradient: it is to be gone when the next one is made.
+            out.copy_(
+                _logit_gradients(_log_probabilities(rows), wanted.masked_fill(ignored, 0))
+                .mul_(grad_total)
+                .masked_fill_(ignored[:, None], 0.0)
+            )
         return gradients, None, None
+
+
+def _head_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradients: Tensor | None
+) -> Tensor:
+    """Sum of the losses of a chunk; the gradient towards hidden goes to `gradients`.
+
+    A function of its own: its logits and probabilities are gone when those of the next chunk are made.
+    """
+    logits = F.linear(hidden, weight, bias)
+    log_probabilities = _log_probabilities(logits)
+    total = _losses(log_probabilities, targets).sum()
+    if gradients is not None:
+        # The logits of the chunk are done with: their memory takes the gradient in their dtype.
+        logits.copy_(_logit_gradients(log_probabilities, targets))
+        torch.mm(logits, weight, out=gradients)
+    return total
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -90,14 +111,9 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         gradients = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         step = _rows_per_chunk(weight.shape[0], HEAD_CHUNK_VALUES)
         for start in range(0, hidden.shape[0], step):
-            wanted = targets[start : start + step]
-            logits = F.linear(hidden[start : start + step], weight, bias)
-            log_probabilities = _log_probabilities(logits)
-            total += _losses(log_probabilities, wanted).sum()
-            if gradients is not None:
-                # The logits of the chunk are done with: their memory takes the gradient in their dtype.
-                logits.copy_(_logit_gradients(log_probabilities, wanted))
-                torch.mm(logits, weight, out=gradients[start : start + step])
+            rows = slice(start, start + step)
+            out = None if gradients is None else gradients[rows]
+            total += _head_loss(hidden[rows], weight, bias, targets[rows], out)
         if gradients is not None:
             ctx.save_for_backward(gradients)
         return total
