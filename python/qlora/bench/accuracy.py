@@ -111,9 +111,9 @@ def is_right(model: Any, tokenizer: Any, questions: list[Question], batch_size: 
     begin = begin_tokens(tokenizer)
     contexts = [begin + tokens(f"Question: {question.text}\nAnswer:") for question in questions]
     answers = [[tokens(f" {answer}") for answer in question.answers] for question in questions]
-    order = sorted(
-        range(len(questions)), key=lambda index: (len(contexts[index]), sum(map(len, answers[index])))
-    )
+    # By the longer of the two parts: rows of about the same width need little padding.
+    lengths = [max(len(c), sum(map(len, a))) for c, a in zip(contexts, answers, strict=True)]
+    order = sorted(range(len(questions)), key=lengths.__getitem__)
     result = torch.zeros(len(questions), len(RULES), dtype=torch.bool)
     for first in range(0, len(order), batch_size):
         indices = order[first : first + batch_size]
