@@ -145,6 +145,9 @@ def test_the_command_compares_two_runs_over_the_same_questions(
     quantised = run("qlora", "--compute-dtype=float32", f"--beside={saved}")
     assert quantised["layer"] == "qlora.nn.linear.Linear4bit"
     assert quantised["accuracy_beside"]["difference"] == 0
+    plain = run("qlora", "--compute-dtype=float32", "--dequantize", f"--beside={saved}")
+    assert plain["layer"] == "torch.nn.modules.linear.Linear"
+    assert plain["accuracy_beside"]["difference"] == 0
     assert run("dense", "--questions=2", "--seed=1")["questions"] == 2
     with pytest.raises(SystemExit):
         run("dense", "--questions=2", "--seed=1", f"--beside={saved}")

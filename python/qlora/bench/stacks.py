@@ -17,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--compute-dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--no-double-quant", action="store_true")
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="multiply with the 4-bit weights rounded to the compute dtype: the same model up to that, faster on a CPU",
+    )
 
 
 def load(arguments: argparse.Namespace) -> Any:
@@ -40,12 +45,13 @@ def load(arguments: argparse.Namespace) -> Any:
             bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=compute_dtype,
         )
-    return AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         arguments.model,
         quantization_config=quantization_config,
         dtype=compute_dtype,
         device_map={"": 0 if torch.cuda.is_available() else "cpu"},
     ).eval()
+    return model.dequantize() if arguments.dequantize and quantization_config is not None else model
 
 
 def describe(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
@@ -56,4 +62,5 @@ def describe(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
         "layer": f"{layer.__module__}.{layer.__qualname__}",
         "compute_dtype": arguments.compute_dtype,
         "double_quant": None if arguments.stack == "dense" else not arguments.no_double_quant,
+        "dequantized": None if arguments.stack == "dense" else arguments.dequantize,
     }
