@@ -15,31 +15,7 @@ from typing import Any
 
 import torch
 
-STACKS = ("qlora", "bitsandbytes", "dense")
-
-
-def load(stack: str, directory: Path, *, compute_dtype: torch.dtype, double_quant: bool) -> Any:
-    """The model in NF4, block 64, on the GPU if there is one; all that is not 4-bit in `compute_dtype`."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    quantization_config: Any = None
-    if stack == "qlora":
-        import qlora
-
-        quantization_config = qlora.QuantConfig(double_quant=double_quant, compute_dtype=compute_dtype)
-    elif stack == "bitsandbytes":
-        quantization_config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=double_quant,
-            bnb_4bit_compute_dtype=compute_dtype,
-        )
-    return AutoModelForCausalLM.from_pretrained(
-        directory,
-        quantization_config=quantization_config,
-        dtype=compute_dtype,
-        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
-    ).eval()
+from . import stacks
 
 
 @torch.no_grad()
@@ -56,13 +32,10 @@ def perplexity(model: Any, windows: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stack", choices=STACKS)
-    parser.add_argument("model", type=Path)
+    stacks.add_arguments(parser)
     parser.add_argument("text", type=Path)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
-    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--no-double-quant", action="store_true")
     arguments = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -74,18 +47,9 @@ def main() -> None:
     windows = cut(tokens, begin_tokens(tokenizer), arguments.length)[: arguments.windows]
     if len(windows) < arguments.windows:
         parser.error(f"text: expected at least {arguments.windows} windows, got {len(windows)}")
-    model = load(
-        arguments.stack,
-        arguments.model,
-        compute_dtype=getattr(torch, arguments.compute_dtype),
-        double_quant=not arguments.no_double_quant,
-    )
-    layer = type(model.get_submodule("model.layers.0.self_attn.q_proj"))
+    model = stacks.load(arguments)
     result = {
-        "stack": arguments.stack,
-        "layer": f"{layer.__module__}.{layer.__qualname__}",
-        "compute_dtype": arguments.compute_dtype,
-        "double_quant": None if arguments.stack == "dense" else not arguments.no_double_quant,
+        **stacks.describe(arguments, model),
         "windows": arguments.windows,
         "perplexity": round(perplexity(model, windows), 4),
     }
