@@ -121,7 +121,8 @@ class Group:
 
 
 def _is_worth_it(x: Tensor) -> bool:
-    if torch.compiler.is_exporting():  # whose dynamic sizes MAX_ROWS would bound
+    # Its dynamic sizes MAX_ROWS would bound. The flag itself: the function is True in every graph of torch 2.10.
+    if torch.compiler._is_exporting_flag:
         return False
     if x.device.type not in DEVICE_TYPES or type(x) is not Tensor or x.numel() > MAX_ROWS * x.shape[-1]:
         return False
