@@ -52,7 +52,7 @@ def without_groups(model: Any, function: Callable[[], Any]) -> Any:
     try:
         return function()
     finally:
-        qlora.nn.link_groups(model)
+        qlora.nn.link_groups(model, in_compiled=True)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma"])
