@@ -202,8 +202,8 @@ __global__ __launch_bounds__(kThreads<kProjects, kReduces>,
   };
   for (int index = 0; index + 1 < arguments.num_stages; ++index) load(index);
   if constexpr (kProjects) {
-    load_narrow<T, kCols, false>(narrow, arguments.narrow, int64_t{first_rank}, kRanks, arguments.rank, first_col,
-                                 arguments.cols, thread, kNumThreads);
+    load_narrow<T, kCols, 0>(narrow, arguments.narrow, int64_t{first_rank}, kRanks, arguments.rank, first_col,
+                             arguments.cols, thread, kNumThreads);
   }
 
   const int warp = thread / 32;
