@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/gemm.h"
+#include "core/weight.h"
 #include "cuda/device_guard.h"
 #include "cuda/kernels.h"
 
@@ -17,6 +18,26 @@ struct AdapterMatrix {
   qlora_dtype dtype;
   bool is_by_columns;  // S[j, c] is at c * rank + j, else at j * cols + c
 };
+
+namespace lora {
+
+// S of AdapterMatrix, on the device.
+struct Narrow {
+  const void* values;
+  int dtype;  // qlora_dtype
+  int64_t rank_stride;
+  int64_t col_stride;
+};
+
+// From column first_col on.
+inline Narrow narrow_of(const AdapterMatrix& matrix, int64_t rank, int64_t cols, int64_t first_col = 0) {
+  const int64_t rank_stride = matrix.is_by_columns ? 1 : cols;
+  const int64_t col_stride = matrix.is_by_columns ? rank : 1;
+  const auto* const values = static_cast<const char*>(matrix.values);
+  return {values + first_col * col_stride * size_of(matrix.dtype), matrix.dtype, rank_stride, col_stride};
+}
+
+}  // namespace lora
 
 // What one pass over x [m, cols] computes, of either or both:
 //   projection  output [m, left_columns(rank)] = scaling x S^T, with zeros from column `rank` on

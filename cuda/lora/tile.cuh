@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "core/weight.h"
 #include "cuda/device/copy_async.cuh"
 #include "cuda/device/numeric.cuh"
 #include "cuda/device/shared.cuh"
@@ -53,31 +52,18 @@ __device__ __forceinline__ void load_tile(uint32_t shared, const uint16_t* sourc
   }
 }
 
-// S of AdapterMatrix, on the device.
-struct Narrow {
-  const void* values;
-  int dtype;  // qlora_dtype
-  int64_t rank_stride;
-  int64_t col_stride;
-};
-
-// From column first_col on.
-inline Narrow narrow_of(const AdapterMatrix& matrix, int64_t rank, int64_t cols, int64_t first_col = 0) {
-  const int64_t rank_stride = matrix.is_by_columns ? 1 : cols;
-  const int64_t col_stride = matrix.is_by_columns ? rank : 1;
-  const auto* const values = static_cast<const char*>(matrix.values);
-  return {values + first_col * col_stride * size_of(matrix.dtype), matrix.dtype, rank_stride, col_stride};
-}
-
 // Where column `col` of a row lies. With kLaneCols columns are dealt in groups of 4 kLaneCols, such that the sums that
 // multiply_add leaves in a lane, pairs of 8 columns each, are of kLaneCols neighbouring columns; with 0 they are not.
 template <int kLaneCols>
 __device__ __forceinline__ int position_of(int col) {
-  if constexpr (kLaneCols == 0) return col;
-  constexpr int kGroup = 4 * kLaneCols;
-  const int lane = col % kGroup / kLaneCols;
-  const int pair = col % kLaneCols / 2;
-  return col / kGroup * kGroup + pair * 8 + lane * 2 + col % 2;
+  if constexpr (kLaneCols == 0) {
+    return col;
+  } else {
+    constexpr int kGroup = 4 * kLaneCols;
+    const int lane = col % kGroup / kLaneCols;
+    const int pair = col % kLaneCols / 2;
+    return col / kGroup * kGroup + pair * 8 + lane * 2 + col % 2;
+  }
 }
 
 // Fills [num_ranks][kCols] with S[first_rank.., first_col..] rounded to T, columns at position_of<kLaneCols>; zeros
