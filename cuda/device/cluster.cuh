@@ -20,9 +20,11 @@ __device__ __forceinline__ void store_two_floats_in_block(uint32_t address, floa
 // A barrier of all threads of the cluster, by whole warps: what was written before the arrival may be read behind the
 // wait. Until the first has passed a block may not have started, and has no shared memory to write to.
 __device__ __forceinline__ void hand_over_to_cluster() {
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void take_over_from_cluster() {
+  __syncwarp();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
