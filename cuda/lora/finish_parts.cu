@@ -1,5 +1,6 @@
 // The parts of a projection and of a gradient (adapter_pass.cu), added up in their order, both by one launch.
 #include "cuda/device/numeric.cuh"
+#include "cuda/device/parts.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/lora/finish_parts.h"
@@ -10,29 +11,11 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kLoads = 8;  // parts on their way at once
 
-// sums [kCount] of parts `stride` floats apart, in their order.
+// sums [kCount] of parts `stride` floats apart.
 template <int kCount>
 __device__ __forceinline__ void add_up(const float* parts, int num_parts, int64_t stride, float (&sums)[kCount]) {
-  for (int first = 0; first < num_parts; first += kLoads) {
-    float4 loaded[kLoads][kCount / 4];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const float* const source = parts + min(first + i, num_parts - 1) * stride;
-#pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) loaded[i][j] = reinterpret_cast<const float4*>(source)[j];
-    }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (first + i >= num_parts) break;
-#pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-        sums[4 * j] += loaded[i][j].x;
-        sums[4 * j + 1] += loaded[i][j].y;
-        sums[4 * j + 2] += loaded[i][j].z;
-        sums[4 * j + 3] += loaded[i][j].w;
-      }
-    }
-  }
+  add_up_parts<kLoads>(num_parts, sums,
+                       [&](int part, auto& values) { load_floats<kCount>(parts + part * stride, values); });
 }
 
 // A thread 4 columns of the projection.
