@@ -24,7 +24,7 @@
 #include "core/status.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
-#include "cuda/lora/adapter_kernel.cuh"
+#include "cuda/lora/adapter_share.cuh"
 #include "cuda/lora/finish_parts.h"
 #include "cuda/lora/lora.h"
 #include "cuda/remember.h"
@@ -34,6 +34,144 @@ namespace qlora {
 namespace {
 
 using namespace lora;
+
+template <typename T, int kRanks, bool kProjects, bool kReduces>
+__global__ __launch_bounds__(kThreads<kProjects, kReduces>,
+                             kMinBlocks<kRanks>) void adapter_pass_kernel(const __grid_constant__ Arguments arguments) {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+  if (arguments.cluster > 0) hand_over_to_cluster();  // that this block has started
+  cudaGridDependencySynchronize();
+#endif
+  extern __shared__ __align__(128) unsigned char shared_memory[];
+  constexpr int kNumThreads = kThreads<kProjects, kReduces>;
+  const int thread = threadIdx.x;
+  const int across = kReduces ? 1 : arguments.tiles_across;
+  unsigned char* const exchanged = shared_memory + (kProjects ? across * kNarrowBytes<kRanks> : 0);
+  const uint32_t narrow = shared_address(shared_memory);
+  const uint32_t tiles = shared_address(exchanged) + (arguments.cluster > 0 ? kExchangeBytes<kRanks, kProjects> : 0);
+  const uint32_t lefts = tiles + arguments.num_stages * kTileBytes;
+  const Share<kRanks, kProjects> block(arguments);
+  const int num_tiles = block.num_row_tiles * across;
+  const int tile_stride = max(arguments.cluster, 1);
+
+  const auto load = [&](int index) {
+    const int col_tile = block.first_tile + index % across * tile_stride;
+    if (index < num_tiles && col_tile < arguments.num_col_tiles) {
+      const int stage = index % arguments.num_stages;
+      const int64_t row = block.begin + int64_t{index / across} * kRows;
+      const int64_t first_col = int64_t{col_tile} * kCols;
+      load_tile<kRows, kChunks>(tiles + stage * kTileBytes, arguments.x + row * arguments.row_length + first_col,
+                                arguments.row_length, block.end - row, arguments.cols - first_col, arguments.is_aligned,
+                                thread, kNumThreads);
+      if constexpr (kReduces) {
+        load_tile<kRows, kRanks / kChunkValues>(
+            lefts + stage * kLeftBytes<kRanks>, arguments.left + row * arguments.left_stride + block.first_rank,
+            arguments.left_stride, block.end - row, kRanks, true, thread, kNumThreads);
+      }
+    }
+    commit_copies();  // also where there is nothing to copy, so that commits count tiles
+  };
+  for (int index = 0; index + 1 < arguments.num_stages; ++index) load(index);
+  if constexpr (kProjects) {
+    for (int i = 0; i < across; ++i) {
+      load_narrow<T, kCols, 0>(narrow + i * kNarrowBytes<kRanks>, arguments.narrow, int64_t{block.first_rank}, kRanks,
+                               arguments.rank, int64_t{block.first_tile + i * tile_stride} * kCols, arguments.cols,
+                               thread, kNumThreads);
+    }
+  }
+
+  const int warp = thread / 32;
+  const bool is_projecting = kProjects && warp < kWarps;
+  const int warp_of_product = warp % kWarps;
+  constexpr int kHeldRanks = kReduces ? kRanks : 8;
+  ColumnSums<kHeldRanks> gradient = {};
+  const auto gradient_part = [&](int col, int rank) {
+    const int64_t at = block.row_group * arguments.cols + int64_t{block.first_tile} * kCols + col;
+    return reinterpret_cast<float2*>(arguments.gradient_parts + at * arguments.padded_rank + block.first_rank + rank);
+  };
+  const auto is_inside = [&](int col, int rank) {
+    return int64_t{block.first_tile} * kCols + col < arguments.cols && block.first_rank + rank < arguments.padded_rank;
+  };
+  if constexpr (kReduces) {
+    if (!is_projecting && arguments.is_added) {
+      for_each_column_sum<kRanks>(gradient, warp_of_product, [&](int col, int rank, float& low, float& high) {
+        if (!is_inside(col, rank)) return;
+        const float2 former = *gradient_part(col, rank);
+        low = former.x;
+        high = former.y;
+      });
+    }
+  }
+#if __CUDA_ARCH__ >= 900
+  float kept[4] = {};
+  const auto exchange_of = [&](int index) {
+    return reinterpret_cast<float*>(exchanged) + index % 2 * (kRows * kRanks);
+  };
+  const auto add_up = [&](int index) {
+    if constexpr (kProjects) {
+      const int64_t first_row = block.begin + int64_t{index / across} * kRows;
+      add_row_sums<T, kRanks, kNumThreads>(arguments, block, exchange_of(index), first_row, index % across, kept);
+    }
+  };
+#endif
+  for (int index = 0; index < num_tiles; ++index) {
+    wait_for_stage(arguments.num_stages);
+    __syncthreads();  // All copies of the tile are there, and its successor's stage has been read.
+    load(index + arguments.num_stages - 1);
+    const uint32_t tile = tiles + index % arguments.num_stages * kTileBytes;
+    const bool has_columns = block.first_tile + index % across * tile_stride < arguments.num_col_tiles;
+    if constexpr (kReduces) {
+      if (!is_projecting && has_columns) {
+        const uint32_t left = lefts + index % arguments.num_stages * kLeftBytes<kRanks>;
+        reduce_tile<T, kRanks>(tile, left, warp_of_product, gradient);
+      }
+    }
+    if constexpr (kProjects) {
+      RowSums<kRanks> sums = {};
+      if (is_projecting && has_columns) {
+        project_tile<T, kRanks>(tile, narrow + index % across * kNarrowBytes<kRanks>, warp_of_product, sums);
+      }
+#if __CUDA_ARCH__ >= 900
+      if (arguments.cluster > 0) {
+        // The sums of the tile before, and the place where those of the one before that were, which have been read.
+        take_over_from_cluster();
+        if (index > 0) add_up(index - 1);
+        if (is_projecting) {
+          send_row_sums<kRanks>(sums, warp_of_product, shared_address(exchange_of(index)), arguments.cluster,
+                                block.rank_in_cluster);
+        }
+        hand_over_to_cluster();
+        continue;
+      }
+#endif
+      if (!is_projecting) continue;
+      for_each_row_sum<kRanks>(sums, warp_of_product, [&](int row, int rank, float low, float high) {
+        const int64_t at = block.begin + int64_t{index} * kRows + row;
+        if (at >= block.end || block.first_rank + rank >= arguments.padded_rank) return;
+        float* const part = arguments.projection_parts + (block.col_group * arguments.m + at) * arguments.padded_rank;
+        *reinterpret_cast<float2*>(part + block.first_rank + rank) = make_float2(low, high);
+      });
+    }
+  }
+#if __CUDA_ARCH__ >= 900
+  if (arguments.cluster > 0) {
+    take_over_from_cluster();
+    if constexpr (kProjects) {
+      if (num_tiles > 0) add_up(num_tiles - 1);
+    } else {
+      add_column_sums<kRanks, kNumThreads>(arguments, block, gradient, reinterpret_cast<const float*>(exchanged));
+      return;
+    }
+  }
+#endif
+  if constexpr (kReduces) {
+    if (is_projecting) return;
+    for_each_column_sum<kRanks>(gradient, warp_of_product, [&](int col, int rank, float low, float high) {
+      if (is_inside(col, rank)) *gradient_part(col, rank) = make_float2(low, high);
+    });
+  }
+}
 
 // How a pass is cut.
 struct Plan {
