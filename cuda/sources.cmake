@@ -17,7 +17,7 @@ target_sources(qlora PRIVATE
   cuda/gemm/split.cu
   cuda/gemm/wide_grad_sm90.cu
   cuda/gemm/wide_sm90.cu
-  cuda/lora/adapter_pass.cu cuda/lora/add_low_rank.cu cuda/lora/finish_parts.cu cuda/lora/lora_linear.cpp cuda/lora/naive.cu cuda/lora/update.cpp
+  cuda/lora/adapter_pass.cu cuda/lora/add_low_rank.cu cuda/lora/finish_parts.cu cuda/lora/lora_linear.cpp cuda/lora/merged_weight.cu cuda/lora/naive.cu cuda/lora/update.cpp
   cuda/quantize.cu
   cuda/remember.cpp
   cuda/tensor_map.cpp)

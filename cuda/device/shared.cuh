@@ -26,6 +26,10 @@ __device__ __forceinline__ void store_shared_16_bytes(uint32_t address, const ui
                : "memory");
 }
 
+__device__ __forceinline__ void store_shared_4_bytes(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
 __device__ __forceinline__ float load_shared_float(uint32_t address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));

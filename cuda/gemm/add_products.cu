@@ -1,3 +1,4 @@
+#include "cuda/device/parts.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/gemm/add_products.h"
 #include "cuda/launch.h"
@@ -25,26 +26,17 @@ __global__ __launch_bounds__(kThreads,
   const int token_group = warp % num_token_groups;
   if (first >= target.width) return;
   float sums[8] = {};
-  for (int part = 0; part < num_parts; part += kLoads) {
-    float4 loaded[kLoads][2];
+  add_up_parts<kLoads>(num_parts, sums, [&](int part, float (&values)[8]) {
+    const float4* const place = find_part(target, part, first, token_group);
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const float4* const place = find_part(target, min(part + i, num_parts - 1), first, token_group);
-      loaded[i][0] = place[0];
-      loaded[i][1] = place[32];
+    for (int h = 0; h < 2; ++h) {
+      const float4 four = place[32 * h];
+      values[4 * h] = four.x;
+      values[4 * h + 1] = four.y;
+      values[4 * h + 2] = four.z;
+      values[4 * h + 3] = four.w;
     }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (part + i >= num_parts) break;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        sums[4 * h] += loaded[i][h].x;
-        sums[4 * h + 1] += loaded[i][h].y;
-        sums[4 * h + 2] += loaded[i][h].z;
-        sums[4 * h + 3] += loaded[i][h].w;
-      }
-    }
-  }
+  });
   store_product<T, kProductTokens>(sums, target, first, token_group, shared[threadIdx.x / 32]);
 #else
   __trap();  // Kernels of sm_90 alone write such parts.

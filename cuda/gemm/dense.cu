@@ -5,8 +5,9 @@
 //
 // No chunk adds to another's output, so each output is rounded once. The chunk buffer is reused: where many rows allow
 // narrow chunks it is written and read in L2, without reaching HBM. With a bias the product stays in fp32, chunk by
-// chunk, and is rounded once with the bias added: cuBLAS rounds some 16-bit products before it adds to them. Best for m
-// of some hundreds and more.
+// chunk, and is rounded once with the bias added: cuBLAS rounds some 16-bit products before it adds to them. A low-rank
+// term is added to the chunk of the weight, if it is a product of the same input, else to that of the output, which
+// then lies in L2 for the most part. Best for m of some hundreds and more.
 //
 // Workspace: [cuBLAS 32 MiB][chunk][with a bias: fp32 product, m rows of a chunk's columns]
 #include <algorithm>
@@ -20,6 +21,7 @@
 #include "cuda/gemm/gemm.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/lora/lora.h"
 #include "cuda/weight_arguments.h"
 
 namespace qlora {
@@ -32,6 +34,7 @@ constexpr int64_t kMaxChunkBytes = int64_t{128} << 20;  // what a caller's works
 constexpr int64_t kMaxProductBytes = int64_t{64} << 20;
 constexpr int64_t kProductBytes = sizeof(float);
 constexpr int64_t kBufferAlignment = 256;
+constexpr int64_t kRankDepthPerRow = 256;  // see adds_to_weight
 
 // Columns of the output that a chunk should cover: few enough to stay in L2, enough that cuBLAS fills the machine.
 // H100, 2026-11: QLORA_DENSE_CHUNK_BYTES swept over widths 512 to 14336 on the layers of Llama-3-8B; 2048 was up to 8 %
@@ -125,6 +128,17 @@ void add_bias(const Gemm& problem, const float* product, int64_t begin, int64_t 
   });
 }
 
+// Whether the low-rank term is added to the chunks of the weight, not to those of the output. That costs the
+// multiplications of depth x width x rank, this a reading and a writing of m x width, mostly in L2: as much at a rank x
+// depth of some hundred times m. (A guess until measured.)
+bool adds_to_weight(const Gemm& problem, const Device& device) {
+  const LowRank& term = problem.low_rank;
+  if (term.rank == 0 || term.adapter == nullptr) return false;
+  const int64_t depth = problem.direction == Direction::kForward ? problem.weight.cols : problem.weight.rows;
+  return term.rank * depth <= kRankDepthPerRow * problem.m &&
+         supports_merged_weight(problem.weight, term.rank, problem.dtype, device);
+}
+
 }  // namespace
 
 bool supports_dense(const Gemm& problem, const Device&, std::string* why_not) {
@@ -144,13 +158,18 @@ void dense(const Gemm& problem, const Device& device, cudaStream_t stream) {
   const int64_t k = problem.weight.cols;
   const int64_t width = is_forward ? n : k;
   const int64_t step = chunk_width(problem);
+  const bool is_in_weight = adds_to_weight(problem, device);
   char* const chunk = static_cast<char*>(problem.workspace) + kCublasWorkspaceBytes;
   float* const product = reinterpret_cast<float*>(chunk + chunk_buffer_size(problem));
   for (int64_t begin = 0; begin < width; begin += step) {
     const int64_t end = std::min(begin + step, width);
     const Window window = is_forward ? Window{begin, end, 0, k} : Window{0, n, begin, end};
     const int64_t chunk_row = window.col_end - window.col_begin;
-    dequantize_4bit(problem.weight, window, chunk, chunk_row, problem.dtype, stream);
+    if (is_in_weight) {
+      merged_weight(problem.weight, *problem.low_rank.adapter, window, chunk, chunk_row, problem.dtype, device, stream);
+    } else {
+      dequantize_4bit(problem.weight, window, chunk, chunk_row, problem.dtype, stream);
+    }
     CublasGemm gemm = {};
     gemm.dtype = problem.dtype;
     gemm.c_dtype = problem.has_bias ? QLORA_FLOAT32 : problem.dtype;
@@ -167,6 +186,7 @@ void dense(const Gemm& problem, const Device& device, cudaStream_t stream) {
     gemm.ldc = problem.has_bias ? gemm.n : width;
     cublas_gemm(gemm, device.index, problem.workspace, stream);
     if (problem.has_bias) add_bias(problem, product, begin, gemm.n, stream);
+    if (problem.low_rank.rank > 0 && !is_in_weight) add_update(problem, begin, end, device, stream);
   }
 }
 

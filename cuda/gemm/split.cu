@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "cuda/device/numeric.cuh"
+#include "cuda/device/parts.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/gemm/split.h"
 #include "cuda/launch.h"
@@ -25,25 +26,8 @@ __global__ __launch_bounds__(kThreads) void add_parts_kernel(const float* __rest
   const int64_t index = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kValues;
   if (index >= count) return;
   float sums[kValues] = {};
-  for (int first = 0; first < num_parts; first += kLoads) {
-    float loaded[kLoads][kValues];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const float* const source = parts + min(first + i, num_parts - 1) * count + index;
-      if constexpr (kValues == 4) {
-        *reinterpret_cast<float4*>(loaded[i]) = *reinterpret_cast<const float4*>(source);
-      } else {
-        loaded[i][0] = *source;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-#pragma unroll
-      for (int j = 0; j < kValues; ++j) {
-        if (first + i < num_parts) sums[j] += loaded[i][j];
-      }
-    }
-  }
+  add_up_parts<kLoads>(num_parts, sums,
+                       [&](int part, auto& values) { load_floats<kValues>(parts + part * count + index, values); });
   T values[kValues];
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {

@@ -1,32 +1,32 @@
 // projection [m, rank] = x S^T and gradient [rank, cols] = left^T x, of one reading of x [m, cols], 16 bits.
 //
-//   block      owns 256 columns of x, up to 64 ranks (kRanks), and a range of rows that it walks 64 at a time; it keeps
-//              its columns of S in shared memory as 16 bits, rounded once from the adapter's dtype
+//   block      256 columns of x (a tile), up to 64 ranks (kRanks), and a range of rows that it walks 64 at a time; it
+//              keeps its columns of S in shared memory as 16 bits, rounded once from the adapter's dtype
 //   4 warps    projection: 16 rows each; the sums over the block's columns are a part of these rows' projection
 //   4 warps    gradient: 64 columns each; the sums over the block's rows stay in registers to the end
 //   copies     cp.async, the next tiles of x and left on their way while one is multiplied
 //
-// Neither sum is whole within a block, so each goes to workspace in fp32 and a second kernel adds up the parts in their
-// order: ceil(cols / 256) parts of the projection, one a range of rows of the gradient. For dy [4096, 14336] and rank
-// 16 that is 56 x 0.26 MB and 4 x 0.92 MB, written and read in L2 for the most part, beside 117 MB of dy, which two
-// kernels would read twice. Where more than 64 ranks are asked for, blocks of the same tile run side by side, so that
-// all but one find it in L2.
+// Neither sum is whole within a block. From sm_90 on up to 8 blocks are a cluster and add their sums up in shared
+// memory, each a share of them, in the order of the blocks: neighbours in columns where there is a projection, else in
+// rows. What is not whole then goes to workspace in fp32, and a second kernel adds up these parts in their order. A
+// block of a projection alone takes several tiles of a row one after the other, 8 apart, and needs no such parts where
+// its columns of S fit. For dy [4096, 14336] and rank 16 parts are 7 x 0.26 MB and 2 x 0.92 MB, without clusters 56 and
+// 4, beside 117 MB of dy, which two kernels would read twice. Where more than 64 ranks are asked for, blocks of the
+// same tile run side by side, so that all but one find it in L2.
 //
-// Bounds: kMaxPartBytes for each of the projection's 4 R ceil(cols / 256) rows bytes and the gradient's 4 R cols blocks
-// of rows, where R is the rank rounded up to a multiple of 16. More rows than fit are taken in windows, one after the
-// other, whose gradients are added to the parts there are; a gradient that does not fit is taken in windows of columns,
-// and then apart from the projection. Any shape and address, x unaligned at the cost of copies value by value.
+// Bounds: kMaxPartBytes for each of the projection's and the gradient's parts, of R values a row or column, where R is
+// the rank rounded up to a multiple of 16. More rows than fit are taken in windows, one after the other, whose
+// gradients are added to the parts there are; a gradient that does not fit is taken in windows of columns, and then
+// apart from the projection. Any shape and address, x unaligned at the cost of copies value by value.
 #include <algorithm>
 #include <cstdint>
 
 #include "core/status.h"
-#include "cuda/device/matrix_load.cuh"
-#include "cuda/device/mma.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
+#include "cuda/lora/adapter_share.cuh"
 #include "cuda/lora/finish_parts.h"
 #include "cuda/lora/lora.h"
-#include "cuda/lora/tile.cuh"
 #include "cuda/remember.h"
 #include "cuda/weight_arguments.h"
 
@@ -35,214 +35,141 @@ namespace {
 
 using namespace lora;
 
-constexpr int kRows = 64;   // of a tile
-constexpr int kCols = 256;  // of a block
-constexpr int kWarps = 4;   // of each of the two products
-constexpr int kWarpCols = kCols / kWarps;
-constexpr int kWarpRows = kRows / kWarps;
-constexpr int kMaxStages = 3;
-constexpr int kChunks = kCols / kChunkValues;
-constexpr int kTileBytes = kRows * kCols * 2;
-
-struct Arguments {
-  const uint16_t* x;
-  int64_t row_length;
-  bool is_aligned;  // x to 16 bytes, row_length and cols multiples of 8
-  int64_t m;        // of the window
-  int64_t cols;     // of the window
-  int64_t rank;
-  int padded_rank;
-  int num_rank_blocks;
-  int num_col_blocks;
-  int64_t rows_per_block;
-  int num_stages;
-  Narrow narrow;
-  float* projection_parts;  // [num_col_blocks, m, padded_rank]
-  const uint16_t* left;
-  int64_t left_stride;
-  float* gradient_parts;  // [blocks of rows, cols, padded_rank]
-  bool is_added;          // to the gradient parts that are there
-};
-
-template <bool kProjects, bool kReduces>
-constexpr int kThreads = kWarps * 32 * (kProjects + kReduces);
-template <int kRanks>
-constexpr int kMinBlocks = kRanks <= 32 ? 2 : 1;  // of a multiprocessor: 64 ranks take all registers
-template <int kRanks>
-constexpr int kLeftBytes = kRows * kRanks * 2;
-template <int kRanks, bool kProjects, bool kReduces>
-constexpr int shared_bytes(int num_stages) {
-  return (kProjects ? kRanks * kCols * 2 : 0) + num_stages * (kTileBytes + (kReduces ? kLeftBytes<kRanks> : 0));
-}
-
-// By warp `warp` of 4: rows 16 warp.. of the tile times S^T, to the part of the projection.
-template <typename T, int kRanks>
-__device__ __forceinline__ void project_tile(const Arguments& arguments, uint32_t tile, uint32_t narrow, int warp,
-                                             int64_t first_row, int col_block, int first_rank) {
-  const int lane = threadIdx.x % 32;
-  const int matrix = lane / 8;
-  const int row = lane % 8;
-  float sums[kRanks / 8][4] = {};
-#pragma unroll 4
-  for (int c = 0; c < kCols / 16; ++c) {
-    uint32_t a[4];
-    load_matrices(a, tile + chunk_offset<kChunks>(warp * kWarpRows + matrix % 2 * 8 + row, 2 * c + matrix / 2));
-#pragma unroll
-    for (int n = 0; n < kRanks / 16; ++n) {
-      uint32_t b[4];
-      load_matrices(b, narrow + chunk_offset<kChunks>(n * 16 + matrix / 2 * 8 + row, 2 * c + matrix % 2));
-      multiply_add<T>(sums[2 * n], a, b[0], b[1]);
-      multiply_add<T>(sums[2 * n + 1], a, b[2], b[3]);
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < kRanks / 8; ++n) {
-    const int rank = first_rank + n * 8 + lane % 4 * 2;
-    if (rank >= arguments.padded_rank) continue;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t at = first_row + warp * kWarpRows + lane / 4 + 8 * h;
-      if (at >= arguments.m) continue;
-      float* const to = arguments.projection_parts + (col_block * arguments.m + at) * arguments.padded_rank + rank;
-      *reinterpret_cast<float2*>(to) = make_float2(sums[n][2 * h], sums[n][2 * h + 1]);
-    }
-  }
-}
-
-// By warp `warp` of 4: sums [16 columns each of 64][8 ranks each] += columns 64 warp.. of the tile, transposed, times
-// left.
-template <typename T, int kRanks>
-__device__ __forceinline__ void reduce_tile(uint32_t tile, uint32_t left, int warp,
-                                            float (&sums)[kWarpCols / 16][kRanks / 8][4]) {
-  const int lane = threadIdx.x % 32;
-  const int matrix = lane / 8;
-  const int row = lane % 8;
-#pragma unroll(kRanks == 16 ? 4 : 1)  // more ranks fill the registers
-  for (int r = 0; r < kRows / 16; ++r) {
-    uint32_t b[kRanks / 16][4];
-#pragma unroll
-    for (int n = 0; n < kRanks / 16; ++n) {
-      load_matrices_transposed(
-          b[n], left + chunk_offset<kRanks / kChunkValues>(r * 16 + matrix % 2 * 8 + row, 2 * n + matrix / 2));
-    }
-#pragma unroll
-    for (int c = 0; c < kWarpCols / 16; ++c) {
-      uint32_t a[4];
-      const int chunk = warp * (kWarpCols / kChunkValues) + 2 * c + matrix % 2;
-      load_matrices_transposed(a, tile + chunk_offset<kChunks>(r * 16 + matrix / 2 * 8 + row, chunk));
-#pragma unroll
-      for (int n = 0; n < kRanks / 16; ++n) {
-        multiply_add<T>(sums[c][2 * n], a, b[n][0], b[n][1]);
-        multiply_add<T>(sums[c][2 * n + 1], a, b[n][2], b[n][3]);
-      }
-    }
-  }
-}
-
-// visit(place of two neighbouring ranks, the two sums) for each that the lane holds of the part.
-template <int kRanks, typename Visit>
-__device__ __forceinline__ void for_each_gradient(const Arguments& arguments, int64_t row_block, int64_t first_col,
-                                                  int first_rank, int warp,
-                                                  float (&sums)[kWarpCols / 16][kRanks / 8][4], Visit visit) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int c = 0; c < kWarpCols / 16; ++c) {
-#pragma unroll
-    for (int n = 0; n < kRanks / 8; ++n) {
-      const int rank = first_rank + n * 8 + lane % 4 * 2;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int64_t col = first_col + warp * kWarpCols + c * 16 + lane / 4 + 8 * h;
-        if (col >= arguments.cols || rank >= arguments.padded_rank) continue;
-        float* const place =
-            arguments.gradient_parts + (row_block * arguments.cols + col) * arguments.padded_rank + rank;
-        visit(reinterpret_cast<float2*>(place), sums[c][n][2 * h], sums[c][n][2 * h + 1]);
-      }
-    }
-  }
-}
-
 template <typename T, int kRanks, bool kProjects, bool kReduces>
 __global__ __launch_bounds__(kThreads<kProjects, kReduces>,
                              kMinBlocks<kRanks>) void adapter_pass_kernel(const __grid_constant__ Arguments arguments) {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
+  if (arguments.cluster > 0) hand_over_to_cluster();  // that this block has started
   cudaGridDependencySynchronize();
 #endif
   extern __shared__ __align__(128) unsigned char shared_memory[];
   constexpr int kNumThreads = kThreads<kProjects, kReduces>;
   const int thread = threadIdx.x;
+  const int across = kReduces ? 1 : arguments.tiles_across;
+  unsigned char* const exchanged = shared_memory + (kProjects ? across * kNarrowBytes<kRanks> : 0);
   const uint32_t narrow = shared_address(shared_memory);
-  const uint32_t tiles = narrow + (kProjects ? kRanks * kCols * 2 : 0);
+  const uint32_t tiles = shared_address(exchanged) + (arguments.cluster > 0 ? kExchangeBytes<kRanks, kProjects> : 0);
   const uint32_t lefts = tiles + arguments.num_stages * kTileBytes;
-
-  const int first_rank = static_cast<int>(blockIdx.x) % arguments.num_rank_blocks * kRanks;
-  const int block = static_cast<int>(blockIdx.x) / arguments.num_rank_blocks;
-  const int col_block = block % arguments.num_col_blocks;
-  const int64_t row_block = block / arguments.num_col_blocks;
-  const int64_t first_col = int64_t{col_block} * kCols;
-  const int64_t begin = row_block * arguments.rows_per_block;
-  const int64_t end = min(begin + arguments.rows_per_block, arguments.m);
-  const int num_tiles = static_cast<int>((end - begin + kRows - 1) / kRows);
+  const Share<kRanks, kProjects> block(arguments);
+  const int num_tiles = block.num_row_tiles * across;
+  const int tile_stride = max(arguments.cluster, 1);
 
   const auto load = [&](int index) {
-    if (index < num_tiles) {
+    const int col_tile = block.first_tile + index % across * tile_stride;
+    if (index < num_tiles && col_tile < arguments.num_col_tiles) {
       const int stage = index % arguments.num_stages;
-      const int64_t row = begin + int64_t{index} * kRows;
+      const int64_t row = block.begin + int64_t{index / across} * kRows;
+      const int64_t first_col = int64_t{col_tile} * kCols;
       load_tile<kRows, kChunks>(tiles + stage * kTileBytes, arguments.x + row * arguments.row_length + first_col,
-                                arguments.row_length, end - row, arguments.cols - first_col, arguments.is_aligned,
+                                arguments.row_length, block.end - row, arguments.cols - first_col, arguments.is_aligned,
                                 thread, kNumThreads);
       if constexpr (kReduces) {
-        load_tile<kRows, kRanks / kChunkValues>(lefts + stage * kLeftBytes<kRanks>,
-                                                arguments.left + row * arguments.left_stride + first_rank,
-                                                arguments.left_stride, end - row, kRanks, true, thread, kNumThreads);
+        load_tile<kRows, kRanks / kChunkValues>(
+            lefts + stage * kLeftBytes<kRanks>, arguments.left + row * arguments.left_stride + block.first_rank,
+            arguments.left_stride, block.end - row, kRanks, true, thread, kNumThreads);
       }
     }
     commit_copies();  // also where there is nothing to copy, so that commits count tiles
   };
   for (int index = 0; index + 1 < arguments.num_stages; ++index) load(index);
   if constexpr (kProjects) {
-    load_narrow<T, kCols, false>(narrow, arguments.narrow, int64_t{first_rank}, kRanks, arguments.rank, first_col,
-                                 arguments.cols, thread, kNumThreads);
+    for (int i = 0; i < across; ++i) {
+      load_narrow<T, kCols, 0>(narrow + i * kNarrowBytes<kRanks>, arguments.narrow, int64_t{block.first_rank}, kRanks,
+                               arguments.rank, int64_t{block.first_tile + i * tile_stride} * kCols, arguments.cols,
+                               thread, kNumThreads);
+    }
   }
 
   const int warp = thread / 32;
   const bool is_projecting = kProjects && warp < kWarps;
   const int warp_of_product = warp % kWarps;
   constexpr int kHeldRanks = kReduces ? kRanks : 8;
-  float gradient[kWarpCols / 16][kHeldRanks / 8][4] = {};
+  ColumnSums<kHeldRanks> gradient = {};
+  const auto gradient_part = [&](int col, int rank) {
+    const int64_t at = block.row_group * arguments.cols + int64_t{block.first_tile} * kCols + col;
+    return reinterpret_cast<float2*>(arguments.gradient_parts + at * arguments.padded_rank + block.first_rank + rank);
+  };
+  const auto is_inside = [&](int col, int rank) {
+    return int64_t{block.first_tile} * kCols + col < arguments.cols && block.first_rank + rank < arguments.padded_rank;
+  };
   if constexpr (kReduces) {
     if (!is_projecting && arguments.is_added) {
-      for_each_gradient<kRanks>(arguments, row_block, first_col, first_rank, warp_of_product, gradient,
-                                [](const float2* place, float& low, float& high) {
-                                  const float2 former = *place;
-                                  low = former.x;
-                                  high = former.y;
-                                });
+      for_each_column_sum<kRanks>(gradient, warp_of_product, [&](int col, int rank, float& low, float& high) {
+        if (!is_inside(col, rank)) return;
+        const float2 former = *gradient_part(col, rank);
+        low = former.x;
+        high = former.y;
+      });
     }
   }
-  for (int index = 0; index < num_tiles; ++index) {
-    if (arguments.num_stages == kMaxStages) {
-      wait_for_copies<kMaxStages - 2>();
-    } else {
-      wait_for_copies<0>();
+#if __CUDA_ARCH__ >= 900
+  float kept[4] = {};
+  const auto exchange_of = [&](int index) {
+    return reinterpret_cast<float*>(exchanged) + index % 2 * (kRows * kRanks);
+  };
+  const auto add_up = [&](int index) {
+    if constexpr (kProjects) {
+      const int64_t first_row = block.begin + int64_t{index / across} * kRows;
+      add_row_sums<T, kRanks, kNumThreads>(arguments, block, exchange_of(index), first_row, index % across, kept);
     }
+  };
+#endif
+  for (int index = 0; index < num_tiles; ++index) {
+    wait_for_stage(arguments.num_stages);
     __syncthreads();  // All copies of the tile are there, and its successor's stage has been read.
     load(index + arguments.num_stages - 1);
-    const int stage = index % arguments.num_stages;
-    if (is_projecting) {
-      if constexpr (kProjects) {
-        project_tile<T, kRanks>(arguments, tiles + stage * kTileBytes, narrow, warp_of_product,
-                                begin + int64_t{index} * kRows, col_block, first_rank);
+    const uint32_t tile = tiles + index % arguments.num_stages * kTileBytes;
+    const bool has_columns = block.first_tile + index % across * tile_stride < arguments.num_col_tiles;
+    if constexpr (kReduces) {
+      if (!is_projecting && has_columns) {
+        const uint32_t left = lefts + index % arguments.num_stages * kLeftBytes<kRanks>;
+        reduce_tile<T, kRanks>(tile, left, warp_of_product, gradient);
       }
-    } else if constexpr (kReduces) {
-      reduce_tile<T, kRanks>(tiles + stage * kTileBytes, lefts + stage * kLeftBytes<kRanks>, warp_of_product, gradient);
+    }
+    if constexpr (kProjects) {
+      RowSums<kRanks> sums = {};
+      if (is_projecting && has_columns) {
+        project_tile<T, kRanks>(tile, narrow + index % across * kNarrowBytes<kRanks>, warp_of_product, sums);
+      }
+#if __CUDA_ARCH__ >= 900
+      if (arguments.cluster > 0) {
+        // The sums of the tile before, and the place where those of the one before that were, which have been read.
+        take_over_from_cluster();
+        if (index > 0) add_up(index - 1);
+        if (is_projecting) {
+          send_row_sums<kRanks>(sums, warp_of_product, shared_address(exchange_of(index)), arguments.cluster,
+                                block.rank_in_cluster);
+        }
+        hand_over_to_cluster();
+        continue;
+      }
+#endif
+      if (!is_projecting) continue;
+      for_each_row_sum<kRanks>(sums, warp_of_product, [&](int row, int rank, float low, float high) {
+        const int64_t at = block.begin + int64_t{index} * kRows + row;
+        if (at >= block.end || block.first_rank + rank >= arguments.padded_rank) return;
+        float* const part = arguments.projection_parts + (block.col_group * arguments.m + at) * arguments.padded_rank;
+        *reinterpret_cast<float2*>(part + block.first_rank + rank) = make_float2(low, high);
+      });
     }
   }
+#if __CUDA_ARCH__ >= 900
+  if (arguments.cluster > 0) {
+    take_over_from_cluster();
+    if constexpr (kProjects) {
+      if (num_tiles > 0) add_up(num_tiles - 1);
+    } else {
+      add_column_sums<kRanks, kNumThreads>(arguments, block, gradient, reinterpret_cast<const float*>(exchanged));
+      return;
+    }
+  }
+#endif
   if constexpr (kReduces) {
     if (is_projecting) return;
-    for_each_gradient<kRanks>(arguments, row_block, first_col, first_rank, warp_of_product, gradient,
-                              [](float2* place, float low, float high) { *place = make_float2(low, high); });
+    for_each_column_sum<kRanks>(gradient, warp_of_product, [&](int col, int rank, float low, float high) {
+      if (is_inside(col, rank)) *gradient_part(col, rank) = make_float2(low, high);
+    });
   }
 }
 
@@ -250,13 +177,18 @@ __global__ __launch_bounds__(kThreads<kProjects, kReduces>,
 struct Plan {
   int ranks;  // of a block
   int num_stages;
+  int shared_bytes;
+  int cluster;  // 0: none
   int padded_rank;
   int num_rank_blocks;
   int64_t window_cols;
-  int num_col_blocks;  // of a window
+  int tiles_across;
   int64_t window_rows;
   int num_row_blocks;  // of a window
   int64_t rows_per_block;
+  bool is_projection_whole;  // without parts
+  bool is_gradient_whole;
+  int num_gradient_parts;
   int64_t projection_floats;
   int64_t gradient_floats;
 };
@@ -264,120 +196,203 @@ struct Plan {
 constexpr int64_t kMaxPartFloats = kMaxPartBytes / sizeof(float);
 constexpr int64_t kPartAlignment = 64;  // floats
 
-int block_bytes(int ranks, bool projects, bool reduces, int num_stages) {
-  int bytes = 0;
-  dispatch_constant<16, 32, 64>("adapter_pass", ranks, [&](auto tag) {
-    constexpr int kRanks = decltype(tag)::value;
-    bytes = projects && reduces ? shared_bytes<kRanks, true, true>(num_stages)
-            : projects          ? shared_bytes<kRanks, true, false>(num_stages)
-                                : shared_bytes<kRanks, false, true>(num_stages);
+// f(the kernel) for what is asked of the pass.
+template <typename Function>
+void with_kernel(const AdapterPass& pass, int ranks, Function&& f) {
+  dispatch_dtype(pass.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (!std::is_same_v<T, float>) {
+      dispatch_constant<16, 32, 64>("adapter_pass", ranks, [&](auto tag) {
+        constexpr int kRanks = decltype(tag)::value;
+        if (pass.gradient.values == nullptr) {
+          f(adapter_pass_kernel<T, kRanks, true, false>);
+        } else if (pass.output == nullptr) {
+          f(adapter_pass_kernel<T, kRanks, false, true>);
+        } else {
+          f(adapter_pass_kernel<T, kRanks, true, true>);
+        }
+      });
+    }
   });
-  return bytes;
+}
+
+int num_threads(const AdapterPass& pass) {
+  return kWarps * 32 * (1 + (pass.output != nullptr && pass.gradient.values != nullptr));
+}
+
+// Clusters of `cluster` blocks of all the shared memory there is that run at once.
+int clusters_at_once(const void* kernel, int cluster) {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  int bytes = 0;
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "cudaDeviceGetAttribute(MaxSharedMemoryPerBlockOptin)");
+  cudaFuncAttributes attributes = {};
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+             "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  config.blockDim = dim3(static_cast<unsigned>(attributes.maxThreadsPerBlock));
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int count = 0;
+  check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
+  return count;
+}
+
+int blocks_in_clusters(const Device& device, const void* kernel, int cluster) {
+  return cluster * remember(device, kernel, cluster, clusters_at_once);
 }
 
 // Columns whose gradient fits; at 256 ranks 16384.
 int64_t widest_window(int64_t padded_rank) { return kMaxPartFloats / padded_rank / kCols * kCols; }
+
+// Shared memory: ranks, stages and tiles across, as much of them as fits. A projection is cut by its columns alone, so
+// that a row's sums do not depend on other rows.
+void plan_memory(Plan& plan, bool projects, bool reduces, bool is_clustered, int64_t num_col_tiles,
+                 const Device& device) {
+  plan.ranks = plan.padded_rank <= 16 ? 16 : plan.padded_rank <= 32 ? 32 : 64;
+  plan.tiles_across = 1;
+  const auto fixed_bytes = [&] {
+    return (projects ? plan.tiles_across * plan.ranks * kCols * 2 : 0) +
+           (is_clustered ? exchange_bytes(plan.ranks, projects) : 0);
+  };
+  const auto stages = [&] { return (device.max_shared_bytes - fixed_bytes()) / stage_bytes(plan.ranks, reduces); };
+  if (stages() < 2) plan.ranks = 32;
+  if (is_clustered && projects) {
+    plan.cluster = 1;
+    while (plan.cluster < std::min<int64_t>(num_col_tiles, kMaxCluster)) plan.cluster *= 2;
+    if (!reduces) plan.tiles_across = static_cast<int>(ceil_div(num_col_tiles, plan.cluster));
+    if (stages() < 3) plan.tiles_across = 1;
+    plan.is_projection_whole = plan.cluster * plan.tiles_across >= num_col_tiles;
+  }
+  plan.num_stages = static_cast<int>(std::min<int64_t>(stages(), is_clustered ? kMaxStages : 3));
+  plan.shared_bytes = fixed_bytes() + plan.num_stages * stage_bytes(plan.ranks, reduces);
+  plan.num_rank_blocks = static_cast<int>(ceil_div(plan.padded_rank, plan.ranks));
+}
 
 Plan plan_of(const AdapterPass& pass, const Device& device) {
   const bool projects = pass.output != nullptr;
   const bool reduces = pass.gradient.values != nullptr;
   Plan plan = {};
   plan.padded_rank = static_cast<int>(round_up(pass.rank, 16));
-  plan.ranks = plan.padded_rank <= 16 ? 16 : plan.padded_rank <= 32 ? 32 : 64;
-  plan.num_stages = kMaxStages;
-  const auto bytes = [&] { return block_bytes(plan.ranks, projects, reduces, plan.num_stages); };
-  if (bytes() > device.max_shared_bytes) plan.num_stages = 2;
-  if (bytes() > device.max_shared_bytes) plan.ranks = 32;
-  plan.num_rank_blocks = static_cast<int>(ceil_div(plan.padded_rank, plan.ranks));
-
   plan.window_cols = reduces ? std::min(pass.cols, widest_window(plan.padded_rank)) : pass.cols;
-  plan.num_col_blocks = static_cast<int>(ceil_div(plan.window_cols, kCols));
+  const int64_t num_col_tiles = ceil_div(plan.window_cols, kCols);
+  const void* kernel = nullptr;
+  const auto find_kernel = [&](int ranks) {
+    with_kernel(pass, ranks, [&](auto found) { kernel = reinterpret_cast<const void*>(found); });
+  };
+  find_kernel(16);
+  const bool is_clustered = device.major >= 9 && is_compiled_for_sm90(device, kernel);
+  plan_memory(plan, projects, reduces, is_clustered, num_col_tiles, device);
+  find_kernel(plan.ranks);
+
+  const int num_col_groups = static_cast<int>(ceil_div(num_col_tiles, std::max(plan.cluster, 1) * plan.tiles_across));
   plan.window_rows = pass.m;
-  if (projects) {
-    int64_t most = std::max<int64_t>(kMaxPartFloats / (int64_t{plan.num_col_blocks} * plan.padded_rank), 1);
+  if (projects && !plan.is_projection_whole) {
+    int64_t most = std::max<int64_t>(kMaxPartFloats / (int64_t{num_col_groups} * plan.padded_rank), 1);
     if (most > kRows) most = most / kRows * kRows;
     plan.window_rows = std::min(pass.m, most);
   }
 
-  const int64_t shared = device.max_shared_bytes + device.reserved_shared_bytes;
-  const int64_t blocks_at_once =
-      device.num_multiprocessors * std::clamp<int64_t>(shared / (bytes() + device.reserved_shared_bytes), 1, 2);
-  int64_t row_blocks = std::min(blocks_at_once / (int64_t{plan.num_col_blocks} * plan.num_rank_blocks),
-                                ceil_div(plan.window_rows, kRows));
-  if (reduces) row_blocks = std::min(row_blocks, kMaxPartFloats / (plan.window_cols * plan.padded_rank));
+  const int64_t num_row_tiles = ceil_div(plan.window_rows, kRows);
+  const int64_t blocks_beside = int64_t{num_col_groups} * std::max(plan.cluster, 1) * plan.num_rank_blocks;
+  const int64_t max_parts =
+      reduces ? std::max<int64_t>(kMaxPartFloats / (plan.window_cols * plan.padded_rank), 1) : num_row_tiles;
+  int64_t row_blocks = 1;
+  if (is_clustered && projects) {
+    row_blocks = std::min({blocks_in_clusters(device, kernel, plan.cluster) / blocks_beside, num_row_tiles, max_parts});
+  } else if (is_clustered) {
+    plan.cluster = 1;
+    for (int cluster = kMaxCluster; cluster > 1; cluster /= 2) {
+      const int64_t groups = std::min(blocks_in_clusters(device, kernel, cluster) / cluster / blocks_beside, max_parts);
+      const int64_t blocks = std::min(groups, ceil_div(num_row_tiles, cluster)) * cluster;
+      if (blocks <= row_blocks || cluster >= 2 * num_row_tiles) continue;
+      row_blocks = blocks;
+      plan.cluster = cluster;
+    }
+  } else {
+    const int64_t shared = device.max_shared_bytes + device.reserved_shared_bytes;
+    const int64_t blocks_at_once =
+        device.num_multiprocessors *
+        std::clamp<int64_t>(shared / (plan.shared_bytes + device.reserved_shared_bytes), 1, 2);
+    row_blocks = std::min({blocks_at_once / blocks_beside, num_row_tiles, max_parts});
+  }
   row_blocks = std::max<int64_t>(row_blocks, 1);
   plan.rows_per_block = round_up(ceil_div(plan.window_rows, row_blocks), kRows);
   plan.num_row_blocks = static_cast<int>(ceil_div(plan.window_rows, plan.rows_per_block));
-  if (projects) {
-    plan.projection_floats = round_up(plan.num_col_blocks * plan.window_rows * plan.padded_rank, kPartAlignment);
+  plan.num_gradient_parts = plan.num_row_blocks;
+  if (!projects && is_clustered) {
+    plan.num_gradient_parts = static_cast<int>(ceil_div(plan.num_row_blocks, plan.cluster));
+    plan.num_row_blocks = plan.num_gradient_parts * plan.cluster;
+    plan.is_gradient_whole = plan.num_gradient_parts == 1;
   }
-  if (reduces) plan.gradient_floats = plan.num_row_blocks * plan.window_cols * plan.padded_rank;
+  if (projects && !plan.is_projection_whole) {
+    plan.projection_floats = round_up(num_col_groups * plan.window_rows * plan.padded_rank, kPartAlignment);
+  }
+  if (reduces && !plan.is_gradient_whole) {
+    plan.gradient_floats = plan.num_gradient_parts * plan.window_cols * plan.padded_rank;
+  }
   return plan;
 }
 
-template <typename T, int kRanks, bool kProjects, bool kReduces>
-void launch_window(const Arguments& arguments, int num_row_blocks, const Device& device, cudaStream_t stream) {
-  const auto kernel = adapter_pass_kernel<T, kRanks, kProjects, kReduces>;
-  const int bytes = shared_bytes<kRanks, kProjects, kReduces>(arguments.num_stages);
-  allow_shared_bytes(device, reinterpret_cast<const void*>(kernel), bytes);
-  const int blocks = num_row_blocks * arguments.num_col_blocks * arguments.num_rank_blocks;
-  launch_early("adapter_pass_kernel", kernel,
-               LaunchShape{static_cast<unsigned>(blocks), kThreads<kProjects, kReduces>, bytes}, device, stream,
-               arguments);
-}
-
-template <typename T>
-void launch_window(const Arguments& arguments, int ranks, int num_row_blocks, const Device& device,
-                   cudaStream_t stream) {
-  dispatch_constant<16, 32, 64>("adapter_pass", ranks, [&](auto tag) {
-    constexpr int kRanks = decltype(tag)::value;
-    if (arguments.gradient_parts == nullptr) {
-      launch_window<T, kRanks, true, false>(arguments, num_row_blocks, device, stream);
-    } else if (arguments.projection_parts == nullptr) {
-      launch_window<T, kRanks, false, true>(arguments, num_row_blocks, device, stream);
-    } else {
-      launch_window<T, kRanks, true, true>(arguments, num_row_blocks, device, stream);
-    }
-  });
-}
-
-template <typename T>
 void run_pass(const AdapterPass& pass, const Device& device, float* workspace, cudaStream_t stream) {
   const Plan plan = plan_of(pass, device);
   const bool projects = pass.output != nullptr;
   const bool reduces = pass.gradient.values != nullptr;
   const auto* const x = static_cast<const uint16_t*>(pass.x);
   const int64_t left_stride = left_columns(pass.rank);
+  const int cluster = std::max(plan.cluster, 1);
   Arguments arguments = {};
   arguments.row_length = pass.cols;
   arguments.is_aligned = pass.cols % kChunkValues == 0 && is_aligned(x, kChunkBytes);
   arguments.rank = pass.rank;
   arguments.padded_rank = plan.padded_rank;
   arguments.num_rank_blocks = plan.num_rank_blocks;
+  arguments.tiles_across = plan.tiles_across;
   arguments.rows_per_block = plan.rows_per_block;
   arguments.num_stages = plan.num_stages;
+  arguments.cluster = plan.cluster;
+  arguments.scaling = pass.scaling;
+  arguments.output_stride = static_cast<int>(left_stride);
   if (projects) arguments.narrow = narrow_of(pass.matrix, pass.rank, pass.cols);
-  arguments.projection_parts = projects ? workspace : nullptr;
-  arguments.gradient_parts = reduces ? workspace + plan.projection_floats : nullptr;
+  arguments.projection_parts = projects && !plan.is_projection_whole ? workspace : nullptr;
+  arguments.gradient_parts = reduces && !plan.is_gradient_whole ? workspace + plan.projection_floats : nullptr;
   arguments.left_stride = left_stride;
   for (int64_t first_col = 0; first_col < pass.cols; first_col += plan.window_cols) {
     arguments.cols = std::min(plan.window_cols, pass.cols - first_col);
-    arguments.num_col_blocks = static_cast<int>(ceil_div(arguments.cols, kCols));
+    arguments.num_col_tiles = static_cast<int>(ceil_div(arguments.cols, kCols));
+    const int tiles_of_group = (projects ? cluster : 1) * plan.tiles_across;
+    arguments.num_col_groups = static_cast<int>(ceil_div(arguments.num_col_tiles, tiles_of_group));
+    if (reduces) arguments.gradient = narrow_of(pass.gradient, pass.rank, pass.cols, first_col);
     for (int64_t first_row = 0; first_row < pass.m; first_row += plan.window_rows) {
       arguments.m = std::min(plan.window_rows, pass.m - first_row);
       arguments.x = x + first_row * pass.cols + first_col;
       if (reduces) arguments.left = static_cast<const uint16_t*>(pass.left) + first_row * left_stride;
+      void* const output = static_cast<char*>(pass.output) + first_row * left_stride * size_of(pass.dtype);
+      arguments.output = output;
       arguments.is_added = first_row > 0;
-      const int row_blocks = static_cast<int>(ceil_div(arguments.m, plan.rows_per_block));
-      launch_window<T>(arguments, plan.ranks, row_blocks, device, stream);
-      if (!projects) continue;
-      T* const output = static_cast<T*>(pass.output) + first_row * left_stride;
-      finish_projection({arguments.projection_parts, arguments.num_col_blocks, plan.padded_rank}, arguments.m,
-                        pass.rank, pass.scaling, output, left_stride, pass.dtype, device, stream);
+      const bool is_last = first_row + plan.window_rows >= pass.m;
+      const int64_t row_blocks = projects ? ceil_div(arguments.m, plan.rows_per_block) * cluster : plan.num_row_blocks;
+      const int64_t blocks = row_blocks * arguments.num_col_groups * plan.num_rank_blocks;
+      with_kernel(pass, plan.ranks, [&](auto kernel) {
+        allow_shared_bytes(device, reinterpret_cast<const void*>(kernel), static_cast<int>(device.max_shared_bytes));
+        launch_early("adapter_pass_kernel", kernel,
+                     LaunchShape{static_cast<unsigned>(blocks), num_threads(pass), plan.shared_bytes, cluster}, device,
+                     stream, arguments);
+      });
+      const Parts projection = {arguments.projection_parts, arguments.num_col_groups, plan.padded_rank};
+      const Parts gradient = {is_last ? arguments.gradient_parts : nullptr, plan.num_gradient_parts, plan.padded_rank};
+      finish_parts({projection, arguments.m, pass.scaling, output, left_stride},
+                   {gradient, arguments.cols, arguments.gradient}, pass.rank, pass.dtype, device, stream);
     }
-    if (!reduces) continue;
-    finish_gradient({arguments.gradient_parts, plan.num_row_blocks, plan.padded_rank}, arguments.cols, pass.rank,
-                    pass.gradient, first_col, pass.cols, device, stream);
   }
 }
 
@@ -412,12 +427,7 @@ void adapter_pass(const AdapterPass& pass, const Device& device, void* workspace
     adapter_pass(only_gradient(pass), device, workspace, stream);
     return;
   }
-  dispatch_dtype(pass.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    if constexpr (!std::is_same_v<T, float>) {
-      run_pass<T>(pass, device, static_cast<float*>(workspace), stream);
-    }
-  });
+  run_pass(pass, device, static_cast<float*>(workspace), stream);
 }
 
 }  // namespace qlora

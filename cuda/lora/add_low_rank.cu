@@ -30,6 +30,7 @@ using namespace lora;
 constexpr int kThreads = 256;
 constexpr int kStages = 2;
 constexpr int kWarpCols = 32;
+constexpr int kLaneCols = 8;
 constexpr int kBlocksPerMultiprocessor = 2;
 
 template <int kCols>
@@ -41,14 +42,15 @@ struct Arguments {
   const uint16_t* left;
   int64_t left_stride;
   int64_t m;
-  int64_t cols;
+  int64_t cols;        // that are added to
+  int64_t row_length;  // of output
   int64_t rank;
   int padded_rank;
   int num_col_blocks;
   int64_t rows_per_block;
   Narrow narrow;
   void* output;
-  bool is_aligned;  // output to 16 bytes, cols a multiple of 8
+  bool is_aligned;  // output to 16 bytes, cols and row_length multiples of 8
 };
 
 // S, then the stages of left.
@@ -114,8 +116,8 @@ __global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void add_low_ra
     commit_copies();
   };
   load(0);
-  load_narrow<T, kCols, true>(narrow, arguments.narrow, int64_t{0}, arguments.padded_rank, arguments.rank, first_col,
-                              arguments.cols, static_cast<int>(threadIdx.x), kThreads);
+  load_narrow<T, kCols, kLaneCols>(narrow, arguments.narrow, int64_t{0}, arguments.padded_rank, arguments.rank,
+                                   first_col, arguments.cols, static_cast<int>(threadIdx.x), kThreads);
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -140,7 +142,7 @@ __global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void add_low_ra
         for (int h = 0; h < 2; ++h) {
           const int64_t at = first_row + t * 16 + h * 8;
           if (at < end && count > 0) {
-            former[t][h] = load_values(output + at * arguments.cols, count, arguments.is_aligned);
+            former[t][h] = load_values(output + at * arguments.row_length, count, arguments.is_aligned);
           }
         }
       }
@@ -176,7 +178,7 @@ __global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void add_low_ra
         if constexpr (kIsAdded) unpack_16_bytes<T>(former[t][h], values);
 #pragma unroll
         for (int i = 0; i < 8; ++i) values[i] += sums[t][i / 2][2 * h + i % 2];
-        store_values(output + at * arguments.cols, values, count, arguments.is_aligned);
+        store_values(output + at * arguments.row_length, values, count, arguments.is_aligned);
       }
     }
   }
@@ -202,12 +204,13 @@ void add_low_rank(const LowRankSum& sum, const Device& device, cudaStream_t stre
   arguments.left = static_cast<const uint16_t*>(sum.left);
   arguments.left_stride = left_columns(sum.rank);
   arguments.m = sum.m;
-  arguments.cols = sum.cols;
+  arguments.cols = sum.end - sum.begin;
+  arguments.row_length = sum.cols;
   arguments.rank = sum.rank;
   arguments.padded_rank = static_cast<int>(round_up(sum.rank, 16));
-  arguments.narrow = narrow_of(sum.matrix, sum.rank, sum.cols);
-  arguments.output = sum.output;
-  arguments.is_aligned = sum.cols % 8 == 0 && is_aligned(sum.output, 16);
+  arguments.narrow = narrow_of(sum.matrix, sum.rank, sum.cols, sum.begin);
+  arguments.output = static_cast<char*>(sum.output) + sum.begin * size_of(sum.dtype);
+  arguments.is_aligned = sum.cols % 8 == 0 && arguments.cols % 8 == 0 && is_aligned(arguments.output, 16);
   dispatch_dtype(sum.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (!std::is_same_v<T, float>) {

@@ -1,5 +1,6 @@
-// The parts of a projection and of a gradient (adapter_pass.cu), added up in the order of their blocks.
+// The parts of a projection and of a gradient (adapter_pass.cu), added up in their order, both by one launch.
 #include "cuda/device/numeric.cuh"
+#include "cuda/device/parts.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/lora/finish_parts.h"
@@ -7,106 +8,92 @@
 namespace qlora::lora {
 namespace {
 
-constexpr int kFinishThreads = 128;
+constexpr int kThreads = 128;
 constexpr int kLoads = 8;  // parts on their way at once
 
-// sums [kCount] of parts `stride` floats apart, in their order.
+// sums [kCount] of parts `stride` floats apart.
 template <int kCount>
 __device__ __forceinline__ void add_up(const float* parts, int num_parts, int64_t stride, float (&sums)[kCount]) {
-  for (int first = 0; first < num_parts; first += kLoads) {
-    float4 loaded[kLoads][kCount / 4];
+  add_up_parts<kLoads>(num_parts, sums,
+                       [&](int part, auto& values) { load_floats<kCount>(parts + part * stride, values); });
+}
+
+// A thread 4 columns of the projection.
+template <typename T>
+__device__ __forceinline__ void finish_projection(const ProjectionParts& projection, int64_t index, int64_t rank) {
+  const int fours = static_cast<int>(projection.stride) / 4;
+  const int64_t row = index / fours;
+  const int col = static_cast<int>(index % fours) * 4;
+  if (row >= projection.m) return;
+  const Parts& parts = projection.parts;
+  float sums[4] = {};
+  if (col < rank) {
+    add_up(parts.values + row * parts.padded_rank + col, parts.count, projection.m * parts.padded_rank, sums);
+  }
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const float* const source = parts + min(first + i, num_parts - 1) * stride;
+  for (int i = 0; i < 4; ++i) sums[i] = col + i < rank ? projection.scaling * sums[i] : 0.0f;
+  *reinterpret_cast<uint2*>(static_cast<T*>(projection.output) + row * projection.stride + col) =
+      make_uint2(Word<T>::pack(sums), Word<T>::pack(sums + 2));
+}
+
+// A thread 8 ranks of the gradient.
+template <typename T>
+__device__ __forceinline__ void finish_gradient(const GradientParts& gradient, int64_t index, int64_t rank) {
+  const Parts& parts = gradient.parts;
+  const int num_groups = parts.padded_rank / 8;
+  // Threads that are neighbours write what is.
+  const bool is_rank_fast = gradient.target.rank_stride == 1;
+  const int64_t col = is_rank_fast ? index / num_groups : index % gradient.cols;
+  const int first = static_cast<int>(is_rank_fast ? index % num_groups : index / gradient.cols) * 8;
+  if (col >= gradient.cols || first >= rank) return;
+  float sums[8] = {};
+  add_up(parts.values + col * parts.padded_rank + first, parts.count, gradient.cols * parts.padded_rank, sums);
+  T* const output = static_cast<T*>(const_cast<void*>(gradient.target.values)) + col * gradient.target.col_stride;
 #pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) loaded[i][j] = reinterpret_cast<const float4*>(source)[j];
-    }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (first + i >= num_parts) break;
-#pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-        sums[4 * j] += loaded[i][j].x;
-        sums[4 * j + 1] += loaded[i][j].y;
-        sums[4 * j + 2] += loaded[i][j].z;
-        sums[4 * j + 3] += loaded[i][j].w;
-      }
-    }
+  for (int i = 0; i < 8; ++i) {
+    if (first + i < rank) output[(first + i) * gradient.target.rank_stride] = from_float<T>(sums[i]);
   }
 }
 
-// output [m, stride] = scaling times the sum of parts [num_parts, m, padded_rank]; a thread 4 columns.
-template <typename T>
-__global__ __launch_bounds__(kFinishThreads) void finish_projection_kernel(const float* __restrict__ parts,
-                                                                           int num_parts, int64_t m, int rank,
-                                                                           int padded_rank, float scaling,
-                                                                           T* __restrict__ output, int stride) {
+// The first blocks have the projection, the others the gradient.
+template <typename T, typename Gradient>
+__global__ __launch_bounds__(kThreads) void finish_parts_kernel(const __grid_constant__ ProjectionParts projection,
+                                                                const __grid_constant__ GradientParts gradient,
+                                                                int64_t rank, unsigned num_projection_blocks) {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
 #endif
-  const int64_t index = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
-  const int64_t row = index / (stride / 4);
-  const int col = static_cast<int>(index % (stride / 4)) * 4;
-  if (row >= m) return;
-  float sums[4] = {};
-  if (col < rank) add_up(parts + row * padded_rank + col, num_parts, m * padded_rank, sums);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sums[i] = col + i < rank ? scaling * sums[i] : 0.0f;
-  *reinterpret_cast<uint2*>(output + row * stride + col) = make_uint2(Word<T>::pack(sums), Word<T>::pack(sums + 2));
-}
-
-// output [col * col_stride + rank * rank_stride] = the sum of parts [num_parts, cols, padded_rank]; a thread 8 ranks.
-template <typename T>
-__global__ __launch_bounds__(kFinishThreads) void finish_gradient_kernel(const float* __restrict__ parts, int num_parts,
-                                                                         int64_t cols, int rank, int padded_rank,
-                                                                         T* __restrict__ output, int64_t col_stride,
-                                                                         int64_t rank_stride) {
-#if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
-#endif
-  const int64_t index = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
-  const int num_groups = padded_rank / 8;
-  // Threads that are neighbours write what is.
-  const bool is_rank_fast = rank_stride == 1;
-  const int64_t col = is_rank_fast ? index / num_groups : index % cols;
-  const int first = static_cast<int>(is_rank_fast ? index % num_groups : index / cols) * 8;
-  if (col >= cols || first >= rank) return;
-  float sums[8] = {};
-  add_up(parts + col * padded_rank + first, num_parts, cols * padded_rank, sums);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (first + i < rank) output[col * col_stride + (first + i) * rank_stride] = from_float<T>(sums[i]);
+  if (blockIdx.x < num_projection_blocks) {
+    finish_projection<T>(projection, int64_t{blockIdx.x} * kThreads + threadIdx.x, rank);
+  } else {
+    finish_gradient<Gradient>(gradient, int64_t{blockIdx.x - num_projection_blocks} * kThreads + threadIdx.x, rank);
   }
 }
 
 }  // namespace
 
-void finish_projection(const Parts& parts, int64_t m, int64_t rank, float scaling, void* output, int64_t stride,
-                       qlora_dtype dtype, const Device& device, cudaStream_t stream) {
+void finish_parts(const ProjectionParts& projection, const GradientParts& gradient, int64_t rank, qlora_dtype dtype,
+                  const Device& device, cudaStream_t stream) {
+  unsigned projection_blocks = 0;
+  unsigned gradient_blocks = 0;
+  if (projection.parts.values != nullptr) {
+    projection_blocks = grid_size(projection.m * (projection.stride / 4), kThreads);
+  }
+  if (gradient.parts.values != nullptr) {
+    gradient_blocks = grid_size(gradient.cols * (gradient.parts.padded_rank / 8), kThreads);
+  }
+  if (projection_blocks + gradient_blocks == 0) return;
   dispatch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (!std::is_same_v<T, float>) {
-      launch_early("finish_projection_kernel", finish_projection_kernel<T>,
-                   LaunchShape{grid_size(m * (stride / 4), kFinishThreads), kFinishThreads}, device, stream,
-                   parts.values, parts.count, m, static_cast<int>(rank), parts.padded_rank, scaling,
-                   static_cast<T*>(output), static_cast<int>(stride));
+      dispatch_dtype(static_cast<qlora_dtype>(gradient.target.dtype), [&](auto gradient_type) {
+        using Gradient = typename decltype(gradient_type)::type;
+        launch_early("finish_parts_kernel", finish_parts_kernel<T, Gradient>,
+                     LaunchShape{projection_blocks + gradient_blocks, kThreads}, device, stream, projection, gradient,
+                     rank, projection_blocks);
+      });
     }
-  });
-}
-
-void finish_gradient(const Parts& parts, int64_t cols, int64_t rank, const AdapterMatrix& gradient, int64_t first_col,
-                     int64_t total_cols, const Device& device, cudaStream_t stream) {
-  dispatch_dtype(gradient.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const int64_t col_stride = gradient.is_by_columns ? rank : 1;
-    const int64_t rank_stride = gradient.is_by_columns ? 1 : total_cols;
-    T* const output = static_cast<T*>(const_cast<void*>(gradient.values)) + first_col * col_stride;
-    launch_early("finish_gradient_kernel", finish_gradient_kernel<T>,
-                 LaunchShape{grid_size(cols * (parts.padded_rank / 8), kFinishThreads), kFinishThreads}, device, stream,
-                 parts.values, parts.count, cols, static_cast<int>(rank), parts.padded_rank, output, col_stride,
-                 rank_stride);
   });
 }
 

@@ -11,17 +11,29 @@
 namespace qlora::lora {
 
 struct Parts {
-  const float* values;  // [count, rows or columns, padded_rank]
+  const float* values;  // [count, rows or columns, padded_rank]; null: there are none to be added up
   int count;
   int padded_rank;
 };
 
 // output [m, stride] = scaling times the sum of the parts, in their order, with zeros from column `rank` on.
-void finish_projection(const Parts& parts, int64_t m, int64_t rank, float scaling, void* output, int64_t stride,
-                       qlora_dtype dtype, const Device& device, cudaStream_t stream);
+struct ProjectionParts {
+  Parts parts;
+  int64_t m;
+  float scaling;
+  void* output;
+  int64_t stride;
+};
 
-// Columns [first_col, first_col + cols) of the gradient, which has total_cols, = the sum of the parts, in their order.
-void finish_gradient(const Parts& parts, int64_t cols, int64_t rank, const AdapterMatrix& gradient, int64_t first_col,
-                     int64_t total_cols, const Device& device, cudaStream_t stream);
+// target [rank, cols] = the sum of the parts, in their order.
+struct GradientParts {
+  Parts parts;
+  int64_t cols;
+  Narrow target;
+};
+
+// dtype: of the projection.
+void finish_parts(const ProjectionParts& projection, const GradientParts& gradient, int64_t rank, qlora_dtype dtype,
+                  const Device& device, cudaStream_t stream);
 
 }  // namespace qlora::lora

@@ -79,8 +79,10 @@ int64_t dleft_bytes(const LoraLinear& problem) {
   return round_up(problem.gemm.m * left_columns(problem.lora.rank) * size_of(problem.gemm.dtype), kAlignment);
 }
 
-LowRank term_of(const LoraLinear& problem, const void* left, const void* right, qlora_dtype right_dtype) {
-  return {left, left_columns(problem.lora.rank), right, right_dtype, problem.lora.rank};
+LowRank term_of(const LoraLinear& problem, const void* left, const void* right, qlora_dtype right_dtype,
+                bool is_separate) {
+  const qlora_lora* const adapter = is_separate ? nullptr : &problem.lora;
+  return {left, left_columns(problem.lora.rank), right, right_dtype, problem.lora.rank, adapter};
 }
 
 }  // namespace
@@ -109,7 +111,10 @@ void run_lora_forward(const LoraLinear& problem, const Device& device, cudaStrea
   if (gemm.m == 0) return;
   run_pass(forward_pass(problem, problem.left), device, gemm.workspace, stream);
   if (gemm.weight.rows == 0) return;
-  if (gemm.weight.cols > 0) gemm.low_rank = term_of(problem, problem.left, problem.lora.b, problem.lora.b_dtype);
+  if (gemm.weight.cols > 0) {
+    const bool is_separate = problem.adapter_x != gemm.input;
+    gemm.low_rank = term_of(problem, problem.left, problem.lora.b, problem.lora.b_dtype, is_separate);
+  }
   run_gemm(gemm, device, stream);
 }
 
@@ -133,11 +138,11 @@ void run_lora_backward(const LoraLinear& problem, const Device& device, cudaStre
   const bool needs_dleft = k > 0 && (has_term || problem.dadapter_x != nullptr || problem.da != nullptr);
   run_pass(dy_pass(problem, needs_dleft ? dleft : nullptr, problem.db), device, gemm.workspace, stream);
   if (k == 0) return;
-  if (has_term) gemm.low_rank = term_of(problem, dleft, problem.lora.a, problem.lora.a_dtype);
+  if (has_term) gemm.low_rank = term_of(problem, dleft, problem.lora.a, problem.lora.a_dtype, false);
   if (gemm.output != nullptr) run_gemm(gemm, device, stream);
   if (problem.dadapter_x != nullptr) {
     const AdapterMatrix a = matrix_a(problem, problem.lora.a);
-    run_sum({dleft, gemm.m, k, gemm.dtype, problem.lora.rank, a, problem.dadapter_x, false}, device, stream);
+    run_sum({dleft, gemm.m, k, 0, k, gemm.dtype, problem.lora.rank, a, problem.dadapter_x, false}, device, stream);
   }
   run_pass(x_pass(problem, dleft, problem.da), device, gemm.workspace, stream);
 }

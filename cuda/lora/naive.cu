@@ -83,17 +83,21 @@ __global__ __launch_bounds__(kThreads) void reduce_naive_kernel(const T* __restr
   }
 }
 
+// output [m, cols], of row length row_length
 template <typename T>
 __global__ __launch_bounds__(kThreads) void add_naive_kernel(const T* __restrict__ left, int64_t stride, int64_t m,
                                                              int64_t cols, Narrow narrow, int64_t rank,
-                                                             T* __restrict__ output, bool is_added) {
+                                                             T* __restrict__ output, int64_t row_length,
+                                                             bool is_added) {
   for (int64_t index = first_index(); index < m * cols; index += index_step()) {
     const int64_t row = index / cols;
-    float sum = is_added ? to_float(output[index]) : 0.0f;
+    const int64_t col = index % cols;
+    T& place = output[row * row_length + col];
+    float sum = is_added ? to_float(place) : 0.0f;
     for (int64_t j = 0; j < rank; ++j) {
-      sum = fmaf(to_float(left[row * stride + j]), load_rounded<T>(narrow, j, index % cols), sum);
+      sum = fmaf(to_float(left[row * stride + j]), load_rounded<T>(narrow, j, col), sum);
     }
-    output[index] = from_float<T>(sum);
+    place = from_float<T>(sum);
   }
 }
 
@@ -123,9 +127,11 @@ void adapter_pass_naive(const AdapterPass& pass, cudaStream_t stream) {
 void add_low_rank_naive(const LowRankSum& sum, cudaStream_t stream) {
   dispatch_dtype(sum.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch("add_naive_kernel", add_naive_kernel<T>, grid_size(sum.m * sum.cols, kThreads), kThreads, stream,
-           static_cast<const T*>(sum.left), left_columns(sum.rank), sum.m, sum.cols,
-           lora::narrow_of(sum.matrix, sum.rank, sum.cols), sum.rank, static_cast<T*>(sum.output), sum.is_added);
+    const int64_t cols = sum.end - sum.begin;
+    launch("add_naive_kernel", add_naive_kernel<T>, grid_size(sum.m * cols, kThreads), kThreads, stream,
+           static_cast<const T*>(sum.left), left_columns(sum.rank), sum.m, cols,
+           lora::narrow_of(sum.matrix, sum.rank, sum.cols, sum.begin), sum.rank,
+           static_cast<T*>(sum.output) + sum.begin, sum.cols, sum.is_added);
   });
 }
 

@@ -52,61 +52,55 @@ __device__ __forceinline__ void load_tile(uint32_t shared, const uint16_t* sourc
   }
 }
 
-// S of AdapterMatrix, on the device.
-struct Narrow {
-  const void* values;
-  int dtype;  // qlora_dtype
-  int64_t rank_stride;
-  int64_t col_stride;
-};
-
-inline Narrow narrow_of(const AdapterMatrix& matrix, int64_t rank, int64_t cols) {
-  return {matrix.values, matrix.dtype, matrix.is_by_columns ? 1 : cols, matrix.is_by_columns ? rank : 1};
-}
-
-// Column of the values that lie at position `position` of a group of 32 where columns are dealt (add_low_rank.cu).
-__device__ __forceinline__ int dealt_column(int position) {
-  return position % 8 / 2 * 8 + position / 8 * 2 + position % 2;
-}
-
-// Fills [num_ranks][kCols] with S[first_rank.., first_col..] rounded to T; zeros behind `rank` and `cols`.
-// kIsDealt: positions of a group of 32 columns hold dealt_column of them.
-template <typename T, typename Value, int kCols, bool kIsDealt>
-__device__ __forceinline__ void load_narrow_of(uint32_t shared, const Narrow& narrow, int64_t first_rank, int num_ranks,
-                                               int64_t rank, int64_t first_col, int64_t cols, int thread,
-                                               int num_threads) {
-  constexpr int kChunks = kCols / kChunkValues;
-  const Value* const values = static_cast<const Value*>(narrow.values);
-  // Neighbours in memory go to neighbouring threads.
-  const bool is_rank_fast = narrow.rank_stride == 1;
-#pragma unroll 4
-  for (int i = thread; i < num_ranks * kChunks; i += num_threads) {
-    const int j = is_rank_fast ? i % num_ranks : i / kChunks;
-    const int chunk = is_rank_fast ? i / num_ranks : i % kChunks;
-    float loaded[kChunkValues];
-#pragma unroll
-    for (int v = 0; v < kChunkValues; ++v) {
-      const int position = chunk * kChunkValues + v;
-      const int64_t col = first_col + (kIsDealt ? position / 32 * 32 + dealt_column(position % 32) : position);
-      loaded[v] = 0.0f;
-      if (first_rank + j < rank && col < cols) {
-        loaded[v] = to_float(values[(first_rank + j) * narrow.rank_stride + col * narrow.col_stride]);
-      }
-    }
-    store_shared_16_bytes(shared + chunk_offset<kChunks>(j, chunk),
-                          make_uint4(Word<T>::pack(loaded), Word<T>::pack(loaded + 2), Word<T>::pack(loaded + 4),
-                                     Word<T>::pack(loaded + 6)));
+// Where column `col` of a row lies. With kLaneCols columns are dealt in groups of 4 kLaneCols, such that the sums that
+// multiply_add leaves in a lane, pairs of 8 columns each, are of kLaneCols neighbouring columns; with 0 they are not.
+template <int kLaneCols>
+__device__ __forceinline__ int position_of(int col) {
+  if constexpr (kLaneCols == 0) {
+    return col;
+  } else {
+    constexpr int kGroup = 4 * kLaneCols;
+    const int lane = col % kGroup / kLaneCols;
+    const int pair = col % kLaneCols / 2;
+    return col / kGroup * kGroup + pair * 8 + lane * 2 + col % 2;
   }
 }
 
-template <typename T, int kCols, bool kIsDealt, typename... Arguments>
+// Fills [num_ranks][kCols] with S[first_rank.., first_col..] rounded to T, columns at position_of<kLaneCols>; zeros
+// behind `rank` and `cols`.
+template <typename T, typename Value, int kCols, int kLaneCols>
+__device__ __forceinline__ void load_narrow_of(uint32_t shared, const Narrow& narrow, int64_t first_rank, int num_ranks,
+                                               int64_t rank, int64_t first_col, int64_t cols, int thread,
+                                               int num_threads) {
+  constexpr int kPairs = kCols / 2;
+  const Value* const values = static_cast<const Value*>(narrow.values);
+  // Neighbours in memory go to neighbouring threads.
+  const bool is_rank_fast = narrow.rank_stride == 1;
+#pragma unroll 8
+  for (int i = thread; i < num_ranks * kPairs; i += num_threads) {
+    const int j = is_rank_fast ? i % num_ranks : i / kPairs;
+    const int col = (is_rank_fast ? i / num_ranks : i % kPairs) * 2;
+    float pair[2] = {};
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      if (first_rank + j < rank && first_col + col + v < cols) {
+        pair[v] = to_float(values[(first_rank + j) * narrow.rank_stride + (first_col + col + v) * narrow.col_stride]);
+      }
+    }
+    const int position = position_of<kLaneCols>(col);
+    const uint32_t to = shared + chunk_offset<kCols / kChunkValues>(j, position / kChunkValues);
+    store_shared_4_bytes(to + position % kChunkValues * 2, Word<T>::pack(pair));
+  }
+}
+
+template <typename T, int kCols, int kLaneCols, typename... Arguments>
 __device__ __forceinline__ void load_narrow(uint32_t shared, const Narrow& narrow, Arguments... arguments) {
   if (narrow.dtype == QLORA_FLOAT32) {
-    load_narrow_of<T, float, kCols, kIsDealt>(shared, narrow, arguments...);
+    load_narrow_of<T, float, kCols, kLaneCols>(shared, narrow, arguments...);
   } else if (narrow.dtype == QLORA_BFLOAT16) {
-    load_narrow_of<T, __nv_bfloat16, kCols, kIsDealt>(shared, narrow, arguments...);
+    load_narrow_of<T, __nv_bfloat16, kCols, kLaneCols>(shared, narrow, arguments...);
   } else {
-    load_narrow_of<T, __half, kCols, kIsDealt>(shared, narrow, arguments...);
+    load_narrow_of<T, __half, kCols, kLaneCols>(shared, narrow, arguments...);
   }
 }
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,16 @@ _lora_linear_4bit_backward = torch.ops.qlora.lora_linear_4bit_backward.default
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Towards input, adapter_input, a and b: None where not asked for."""
+
+
+class LoraLayer(NamedTuple):
+    """A 4-bit weight and its adapter, as `lora_linear_4bit` is given them; form: shape, block_size, quant_type."""
+
+    weight: _checks.Weight
+    form: tuple[Sequence[int], int, str]
+    a: Tensor
+    b: Tensor
+    scaling: float
 
 
 def left_columns(rank: int) -> int:
@@ -151,12 +161,10 @@ def _autograd_backward(
         ctx.saved_tensors
     )
     weight = (packed, absmax, nested_absmax, nested_quant_map, nested_offset)
+    layer = LoraLayer(weight, ctx.form, a, b, ctx.scaling)
     needs = ctx.needs_input_grad
-    gradients = gradients_of(
-        *(grad_output, adapter_input, left, a, b, weight, ctx.scaling, ctx.form),
-        is_separate=ctx.is_separate,
-        needed=(needs[0], needs[10], needs[7], needs[8]),
-    )
+    needed = (needs[0], needs[10], needs[7], needs[8])
+    gradients = gradients_of(layer, grad_output, adapter_input, left, ctx.is_separate, needed)
     grad_input, grad_adapter_input, grad_a, grad_b = gradients
     grad_bias = grad_output.sum_to_size(grad_output.shape[-1:]) if needs[6] else None
     return (
@@ -229,8 +237,8 @@ def lora_linear_4bit_backward(
     if needed[1] and not is_separate:
         what = "no gradient of adapter_input where is_separate is False"
         raise ValueError(f"qlora.{op}: needed: {expected(what, needed)}")
-    form = (shape, block_size, quant_type)
-    return _raw_gradients(grad_output, adapter_input, left, a, b, weight, scaling, form, is_separate, needed)
+    layer = LoraLayer(weight, (shape, block_size, quant_type), a, b, scaling)
+    return _raw_gradients(layer, grad_output, adapter_input, left, is_separate, needed)
 
 
 def _lora_linear_4bit_backward_fake(
@@ -277,15 +285,10 @@ torch.library.register_autograd("qlora::lora_linear_4bit_backward", _no_gradient
 
 # ---------------------------------------------------------------------------------------------------------------------
 def gradients_of(
+    layer: LoraLayer,
     grad_output: Tensor,
     adapter_input: Tensor,
     left: Tensor,
-    a: Tensor,
-    b: Tensor,
-    weight: _checks.Weight,
-    scaling: float,
-    form: tuple[Sequence[int], int, str],
-    *,
     is_separate: bool,
     needed: tuple[bool, bool, bool, bool],
 ) -> Gradients:
@@ -293,26 +296,21 @@ def gradients_of(
     if not (needed[0] or needed[1] or needed[2] or needed[3]):
         return None, None, None, None
     if torch.is_grad_enabled():
-        return _composed_gradients(
-            grad_output, adapter_input, a, b, weight, scaling, form, is_separate, needed
-        )
-    return _raw_gradients(grad_output, adapter_input, left, a, b, weight, scaling, form, is_separate, needed)
+        return _composed_gradients(layer, grad_output, adapter_input, is_separate, needed)
+    return _raw_gradients(layer, grad_output, adapter_input, left, is_separate, needed)
 
 
 def _raw_gradients(
+    layer: LoraLayer,
     grad_output: Tensor,
     adapter_input: Tensor,
     left: Tensor,
-    a: Tensor,
-    b: Tensor,
-    weight: _checks.Weight,
-    scaling: float,
-    form: tuple[Sequence[int], int, str],
     is_separate: bool,
     needed: tuple[bool, bool, bool, bool],
 ) -> Gradients:
+    weight, form, *adapter = layer
     values = _lora_linear_4bit_backward(
-        grad_output, adapter_input, left, *weight, a, b, scaling, is_separate, *needed, *form
+        grad_output, adapter_input, left, *weight, *adapter, is_separate, *needed, *form
     )
     grad_input, grad_adapter_input, grad_a, grad_b = (
         value if is_needed else None for value, is_needed in zip(values, needed, strict=True)
@@ -321,17 +319,14 @@ def _raw_gradients(
 
 
 def _composed_gradients(
+    layer: LoraLayer,
     grad_output: Tensor,
     adapter_input: Tensor,
-    a: Tensor,
-    b: Tensor,
-    weight: _checks.Weight,
-    scaling: float,
-    form: tuple[Sequence[int], int, str],
     is_separate: bool,
     needed: tuple[bool, bool, bool, bool],
 ) -> Gradients:
     """By differentiable operations; left, which was computed without a graph, is computed again from x' and A."""
+    weight, form, a, b, scaling = layer
     dy = grad_output.reshape(-1, grad_output.shape[-1])
     x = adapter_input.reshape(-1, adapter_input.shape[-1])
     narrow_a, narrow_b = a.to(x.dtype), b.to(x.dtype)

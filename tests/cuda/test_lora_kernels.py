@@ -14,6 +14,7 @@ from torch import Tensor
 
 from assertions import assert_bitwise_equal
 from lora_cases import Case, check_lora
+from qlora import ops
 
 pytestmark = pytest.mark.gpu
 
@@ -28,6 +29,9 @@ SIZES = (
     (4200, (512, 512), 16),
     (1, (256, 320), 1),
     (129, (2304, 256), 48),
+    (700, (4352, 2568), 16),
+    (520, (9000, 4104), 24),
+    (64, (600, 14336), 64),
 )
 
 
@@ -93,6 +97,39 @@ def test_wide_sm90_sums_the_update_itself(
         assert not any("add_low_rank" in name for name in names)
         kernel("")
         check_lora(case, left, y, case.backward(left))
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 16, 44, 100])
+def test_dense_adds_the_update_to_its_weight_or_output(
+    kernel: Callable[..., None], rank: int, dtype: torch.dtype, adapter_dtype: torch.dtype
+) -> None:
+    # Rows that whole units of the weight's columns make up, and not; an input of the adapter's own.
+    for shape, is_separate in (((1000, 832), False), ((1000, 832), True), ((700, 600), False)):
+        case = Case.random(
+            rank,
+            device="cuda",
+            shape=shape,
+            lead=(900,),
+            dtype=dtype,
+            adapter_dtypes=(adapter_dtype, adapter_dtype),
+            is_separate=is_separate,
+            has_bias=rank == 16,
+        )
+        kernel("dense", chunk_bytes=300 * 1000 * 2)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            y, left = case.forward()
+        names = [event.key for event in profile.key_averages()]
+        is_in_weight = shape[1] % 64 == 0 and not is_separate
+        assert any("merged_weight" in name for name in names) == is_in_weight
+        assert any("add_low_rank" in name for name in names) != is_in_weight
+        check_lora(case, left, y, case.backward(left))
+        case.b.zero_()
+        y, _ = case.forward()
+        assert_bitwise_equal(
+            y, ops.linear_4bit(case.x, *case.weight.args, **case.weight.kwargs, bias=case.bias)
+        )
 
 
 @pytest.mark.parametrize("rank", [7, 100])

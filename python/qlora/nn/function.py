@@ -181,20 +181,11 @@ class _Linear(torch.autograd.Function):
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        state: QuantState,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scaling: float,
-        adapter_input: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        """Of the operands of `_lora_forward`."""
+        x, ctx.weight, ctx.state, _, a, b, ctx.scaling, adapter_input = operands
         with torch._C._AutoDispatchBelowAutograd():
-            result, left = _lora_forward(x, weight, state, bias, a, b, scaling, adapter_input)
-        ctx.weight, ctx.state, ctx.scaling = weight, state, scaling
+            result, left = _lora_forward(*operands)
         ctx.is_separate = adapter_input is not None
         ctx.save_for_backward(x if adapter_input is None else adapter_input, left, a, b)
         return result
@@ -204,16 +195,12 @@ class _LoraLinear(torch.autograd.Function):
         x, left, a, b = ctx.saved_tensors
         needs_x, _, _, needs_bias, needs_a, needs_b, _, needs_adapter_input = ctx.needs_input_grad
         state = ctx.state
+        form = (state.shape, state.blocksize, state.quant_type)
         below = nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
         with torch._C.DisableTorchFunctionSubclass(), _no_autocast_from(x), below:
-            dx, dadapter_input, da, db = lora_ops.gradients_of(
-                grad,
-                *(x, left, a, b),
-                (ctx.weight, *scale_operands(state)),
-                ctx.scaling,
-                (state.shape, state.blocksize, state.quant_type),
-                is_separate=ctx.is_separate,
-                needed=(needs_x, needs_adapter_input, needs_a, needs_b),
-            )
+            layer = lora_ops.LoraLayer((ctx.weight, *scale_operands(state)), form, a, b, ctx.scaling)
+            needed = (needs_x, needs_adapter_input, needs_a, needs_b)
+            gradients = lora_ops.gradients_of(layer, grad, x, left, ctx.is_separate, needed)
             dbias = grad.sum_to_size(grad.shape[-1:]) if needs_bias else None
+        dx, dadapter_input, da, db = gradients
         return dx, None, None, dbias, da, db, None, dadapter_input
