@@ -89,9 +89,10 @@ class GradScales {
   static constexpr int kAhead = 4;  // steps
 
   static __device__ __forceinline__ int row(int step, int i) { return step * kStep + threadIdx.x + i * kScaleThreads; }
-  // Index of the row's first scale in the tile; 2^32 scales would be those of more weights than any memory holds.
+  // Index of the row's first scale in the tile, of the last tile where a cluster has one too many. 2^32 scales would be
+  // those of more weights than any memory holds.
   static __device__ __forceinline__ uint32_t block(const Arguments& arguments, int row, int first) {
-    return static_cast<uint32_t>(row) * (arguments.cols / kBlockCols) + first / kBlockCols;
+    return static_cast<uint32_t>(row) * (arguments.cols / kBlockCols) + min(first, arguments.cols - kTile) / kBlockCols;
   }
 
   // 0 behind the last column.
