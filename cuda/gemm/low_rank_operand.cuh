@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/low_rank.h"
 #include "cuda/device/numeric.cuh"
@@ -33,6 +34,18 @@ __device__ __forceinline__ uint4 load_eight(const Value* source, int count, bool
                     Word<T>::pack(values + 6));
 }
 
+// f with a null pointer to the operand's type.
+template <typename Function>
+__device__ __forceinline__ void dispatch_right(qlora_dtype dtype, Function&& f) {
+  if (dtype == QLORA_FLOAT32) {
+    f(static_cast<float*>(nullptr));
+  } else if (dtype == QLORA_BFLOAT16) {
+    f(static_cast<__nv_bfloat16*>(nullptr));
+  } else {
+    f(static_cast<__half*>(nullptr));
+  }
+}
+
 template <typename T, typename Value, int kRows, int kThreads>
 __device__ __forceinline__ void copy_right_of(const LowRank& term, int first, int num_rows, int first_col,
                                               bool is_whole, unsigned char* to) {
@@ -52,13 +65,10 @@ __device__ __forceinline__ void copy_right_of(const LowRank& term, int first, in
 template <typename T, int kRows, int kThreads>
 __device__ __noinline__ void copy_right(const LowRank& term, int first, int num_rows, int first_col, bool is_whole,
                                         unsigned char* to) {
-  if (term.right_dtype == QLORA_FLOAT32) {
-    copy_right_of<T, float, kRows, kThreads>(term, first, num_rows, first_col, is_whole, to);
-  } else if (term.right_dtype == QLORA_BFLOAT16) {
-    copy_right_of<T, __nv_bfloat16, kRows, kThreads>(term, first, num_rows, first_col, is_whole, to);
-  } else {
-    copy_right_of<T, __half, kRows, kThreads>(term, first, num_rows, first_col, is_whole, to);
-  }
+  dispatch_right(term.right_dtype, [&](auto* typed) {
+    using Value = std::remove_pointer_t<decltype(typed)>;
+    copy_right_of<T, Value, kRows, kThreads>(term, first, num_rows, first_col, is_whole, to);
+  });
 }
 
 #endif

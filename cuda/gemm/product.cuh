@@ -14,7 +14,7 @@ inline constexpr int kProductTokens = 16;                              // that a
 inline constexpr int kStoreBytes = kProductRows * kProductTokens * 2;  // of shared memory a warp needs
 
 // Where products go: output [m, width], or parts [num_parts][ceil(width / 16)][ceil(m / 16)] of 16 x 16 sums, each as
-// its lanes hold them. (Those of wide_grad_sm90 are [num_parts, m, width], for add_parts.)
+// its lanes hold them. (Those of wide_grad_sm90 are [num_parts, m, width], for add_dealt_parts.)
 struct ProductTarget {
   void* output;
   const void* bias;  // [width] or null

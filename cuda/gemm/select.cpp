@@ -34,12 +34,18 @@ bool wide_sm90_yields(const Gemm& problem, const Device& device) {
   return (problem.m > 2048 || problem.weight.rows < 4096) && supports_dense(problem, device, nullptr);
 }
 
+// As wide_sm90; not measured.
+bool wide_grad_sm90_yields(const Gemm& problem, const Device& device) {
+  return problem.m > 2048 && supports_dense(problem, device, nullptr);
+}
+
 // The first that supports the problem serves it.
 constexpr Kernel kKernels[] = {
     {"skinny_sm90", supports_skinny_sm90, nullptr, skinny_sm90, skinny_sm90_yields},
     {"narrow_sm90", supports_narrow_sm90, narrow_sm90_workspace_size, narrow_sm90, nullptr},
     {"wide_sm90", supports_wide_sm90, wide_sm90_workspace_size, wide_sm90, wide_sm90_yields, true},
-    {"wide_grad_sm90", supports_wide_grad_sm90, wide_grad_sm90_workspace_size, wide_grad_sm90, nullptr},
+    {"wide_grad_sm90", supports_wide_grad_sm90, wide_grad_sm90_workspace_size, wide_grad_sm90, wide_grad_sm90_yields,
+     true},
     {"skinny_sm80", supports_skinny_sm80, skinny_sm80_workspace_size, skinny_sm80, nullptr},
     {"dense", supports_dense, dense_workspace_size, dense, nullptr, true},
     {"naive", supports_naive, nullptr, naive, nullptr},

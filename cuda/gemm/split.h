@@ -19,4 +19,9 @@ int best_num_parts(int64_t num_tiles, int64_t num_steps, int num_multiprocessors
 void add_parts(const float* parts, int num_parts, int64_t m, int64_t width, const void* bias, void* output,
                qlora_dtype dtype, const Device& device, cudaStream_t stream);
 
+// The same without a bias of parts whose columns are dealt in each 32, a multiple of which the width is: column
+// 4 g + 2 e + h lies at place 16 e + 2 g + h.
+void add_dealt_parts(const float* parts, int num_parts, int64_t m, int64_t width, void* output, qlora_dtype dtype,
+                     const Device& device, cudaStream_t stream);
+
 }  // namespace qlora

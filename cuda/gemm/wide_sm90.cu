@@ -20,13 +20,11 @@ namespace qlora::wide {
 template <int kTokenCount>
 struct ForwardConfig {
   static constexpr int kTokens = kTokenCount;
+  static constexpr int kGroups = 1;
   static constexpr int kConsumers = 2 * kWarpgroup;
-  static constexpr int kReaders = kConsumers / 32;
   static constexpr int kCluster = cluster_of(kTokens);
   static constexpr int kInputStages = kTokens == 256 ? 3 : kStepInputs;
-  static constexpr bool kHasWholeSteps = true;
   static constexpr int kCols = 128;  // of a product
-  static constexpr int kHalves = kTokens / kCols;
   static constexpr bool kScalesWeights = kTokens == 256;
   static constexpr int kExchangeBytes = 0;
   static constexpr int kCopyRegisters = 56;
@@ -36,12 +34,6 @@ struct ForwardConfig {
 }  // namespace qlora::wide
 
 namespace qlora {
-
-namespace wide {
-template <typename T>
-struct Forward;
-}
-
 namespace {
 
 using namespace wide;
@@ -51,74 +43,83 @@ using ForwardTable = std::conditional_t<Config::kScalesWeights, ScaledWeightTabl
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A warpgroup that multiplies.
-template <typename T, typename Config>
-class ForwardConsumer {
- public:
-  __device__ __forceinline__ ForwardConsumer(const Arguments& arguments, Shared& shared, const unsigned char* table,
-                                             const unsigned char* input_stages, float*)
-      : arguments_(arguments),
-        shared_(shared),
-        rings_(shared, input_stages),
-        operand_(shared.weight[0].bytes, table, first_row()),
-        scales_(keep(shared_address(shared.weight[0].scales) + (first_row() + Operand::row()) * kStepInputs * 4)) {}
+// Of the lane's two rows of W, for a block.
+struct RowScales {
+  float of[2];
+};
 
-  __device__ __forceinline__ void run() {
-    if (!kScalesWeights && warpgroup() == 1) give_turn();
-    for_each_item<Config>(arguments_, [&](const auto& item) {
-#pragma unroll
-      for (auto& half : sums_) {
-#pragma unroll
-        for (float& sum : half) sum = 0.0f;
-      }
-      rings_.wait_for_weight();
-      decode(0, a_[0]);
-#pragma unroll 1
-      for (int step = item.step_begin; step < item.step_end; ++step) multiply_step(step + 1 == item.step_end);
-      if constexpr (kScalesWeights) {
-        wait_for_products<0>();
-#pragma unroll
-        for (auto& half : sums_) hold_registers(half);
-        rings_.release_input(held_input_);
-        held_input_ = -1;
-      }
-      add_low_rank(item);
-      store(item);
-    });
-    if (!kScalesWeights && warpgroup() == 0) wait_for_turn();
+// A warp's 16 rows of W with their scales.
+template <typename T, typename Config>
+class ForwardOperand {
+ public:
+  __device__ __forceinline__ ForwardOperand(const Shared& shared, const unsigned char* table, int = 0)
+      : operand_(shared.weight[0].bytes, table, first_product_col()),
+        scales_(
+            keep(shared_address(shared.weight[0].scales) + (first_product_col() + Operand::row()) * kStepInputs * 4)) {}
+
+  __device__ __forceinline__ RowScales load_scales(uint32_t offset, int block) const {
+    const uint32_t place = scales_ + offset + block * 4;
+    return {{load_shared_float(place), load_shared_float(place + 8 * kStepInputs * 4)}};
+  }
+  __device__ __forceinline__ void decode(uint32_t offset, int block, Fragments& a) const {
+    if constexpr (Config::kScalesWeights) {
+      operand_.template decode_scaled<T>(offset, block, load_scales(offset, block).of, a);
+    } else {
+      operand_.decode(offset, block, a);
+    }
+  }
+  __device__ __forceinline__ void load_values(const Shared&, uint32_t offset, Fragments& a) const {
+    operand_.load_values(offset, a);
   }
 
  private:
   using Operand = WeightOperand<ForwardTable<T, Config>>;
+
+  Operand operand_;
+  uint32_t scales_;  // shared address in the first stage, of those of the lane's first row
+};
+
+template <typename T, int kCols>
+__device__ __forceinline__ void store_products(const Arguments& arguments, Shared& shared, int first, int token,
+                                               int part, const float* sums) {
+  if (arguments.target.parts != nullptr) {
+    store_part<kCols>(sums, arguments.target, part, first, token / kProductTokens);
+  } else {
+    store_product<T, kCols>(sums, arguments.target, first, token / kProductTokens,
+                            shared.staging[threadIdx.x / 32 - kWarpgroup / 32]);
+  }
+}
+
+// A warpgroup that scales products: those of a block, summed from zero.
+template <typename T, typename Config>
+class ProductConsumer {
+ public:
+  __device__ __forceinline__ ProductConsumer(const Arguments& arguments, Shared& shared, const unsigned char* table,
+                                             const unsigned char* input_stages, float*)
+      : arguments_(arguments), shared_(shared), rings_(shared, input_stages), operand_(shared, table) {}
+
+  __device__ __forceinline__ void run() {
+    if (warpgroup() == 1) give_turn();
+    for_each_item<Config>(arguments_, [&](const auto& item) {
+#pragma unroll
+      for (float& sum : sums_) sum = 0.0f;
+      rings_.wait_for_weight();
+      operand_.decode(rings_.weight_offset(), 0, a_[0]);
+#pragma unroll 1
+      for (int step = item.step_begin; step < item.step_end; ++step) multiply_step(step + 1 == item.step_end);
+      add_low_rank(item);
+      store_products<T, kCols>(arguments_, shared_, item.first + first_product_col(), item.token, item.part, sums_);
+    });
+    if (warpgroup() == 0) wait_for_turn();
+  }
+
+ private:
   static constexpr int kCols = Config::kCols;
-  static constexpr bool kScalesWeights = Config::kScalesWeights;
-  static_assert(kScalesWeights || Config::kHalves == 1);
+  static_assert(kCols == Config::kTokens);
 
   static __device__ __forceinline__ int warpgroup() { return threadIdx.x / kWarpgroup - 1; }
-  // Of the warp, in a tile.
-  static __device__ __forceinline__ int first_row() {
-    return warpgroup() * 64 + threadIdx.x % kWarpgroup / 32 * kProductRows;
-  }
-
   static __device__ __forceinline__ void wait_for_turn() { synchronize<2 * kWarpgroup>(kTurnOfFirst + warpgroup()); }
   static __device__ __forceinline__ void give_turn() { arrive_at<2 * kWarpgroup>(kTurnOfSecond - warpgroup()); }
-
-  // Of the lane's two rows, for the step's block.
-  struct RowScales {
-    float of[2];
-  };
-  __device__ __forceinline__ RowScales load_scales(int block) const {
-    const uint32_t place = scales_ + rings_.weight_offset() + block * 4;
-    return {{load_shared_float(place), load_shared_float(place + 8 * kStepInputs * 4)}};
-  }
-
-  __device__ __forceinline__ void decode(int block, Fragments& a) const {
-    if constexpr (kScalesWeights) {
-      operand_.template decode_scaled<T>(rings_.weight_offset(), block, load_scales(block).of, a);
-    } else {
-      operand_.decode(rings_.weight_offset(), block, a);
-    }
-  }
 
   // The step's block, or of the next step, if there is one, the first.
   __device__ __forceinline__ void decode_ahead(int block, bool is_last, Fragments& a) {
@@ -128,31 +129,23 @@ class ForwardConsumer {
       rings_.wait_for_weight();
       block = 0;
     }
-    decode(block, a);
+    operand_.decode(rings_.weight_offset(), block, a);
   }
 
   // The fragments of the step's first block are there, and at the end those of the next step's, if there is one.
   __device__ __forceinline__ void multiply_step(bool is_last) {
 #pragma unroll
     for (int block = 0; block < kStepInputs; ++block) {
-      const Fragments& a = a_[block % 2];
-      Fragments& next = a_[(block + 1) % 2];
       const uint32_t x = __shfl_sync(0xFFFFFFFFu, rings_.wait_for_input(0), 0);
-      if constexpr (kScalesWeights) {
-        start_sums(a, x);
-        wait_for_products<1>();  // those of the block before, whose fragments and stage are free now
-        if (held_input_ >= 0) rings_.release_input(held_input_);
-        held_input_ = rings_.input_stage(0);
-        decode_ahead(block + 1, is_last, next);
-      } else {
-        const RowScales scales = load_scales(block);
-        start_products(a, x);
-        decode_ahead(block + 1, is_last, next);
-        wait_for_products<0>();
-        hold_registers(products_);
-        rings_.release_input(rings_.input_stage(0));
-        add_scaled(sums_[0], products_, scales.of[0], scales.of[1]);
-      }
+      const RowScales scales = operand_.load_scales(rings_.weight_offset(), block);
+      wait_for_turn();
+      start(products_, a_[block % 2], x, false);
+      give_turn();
+      decode_ahead(block + 1, is_last, a_[(block + 1) % 2]);
+      wait_for_products<0>();
+      hold_registers(products_);
+      rings_.release_input(rings_.input_stage(0));
+      add_scaled(sums_, products_, scales.of[0], scales.of[1]);
       rings_.advance_input(1);
     }
   }
@@ -160,64 +153,33 @@ class ForwardConsumer {
   // The low-rank term, if the item has it: its blocks are not scaled.
   __device__ __forceinline__ void add_low_rank(const Item<Config>& item) {
 #pragma unroll 1
-    for (int block = 0; block < num_low_blocks<Forward<T>>(arguments_, item.part); ++block) {
+    for (int block = 0; block < num_low_blocks(arguments_, item.part); ++block) {
       rings_.wait_for_weight();
-      operand_.load_values(rings_.weight_offset(), a_[0]);
-      start_sums(a_[0], __shfl_sync(0xFFFFFFFFu, rings_.wait_for_input(0), 0));
+      operand_.load_values(shared_, rings_.weight_offset(), a_[0]);
+      start(sums_, a_[0], __shfl_sync(0xFFFFFFFFu, rings_.wait_for_input(0), 0), true);
       wait_for_products<0>();
-#pragma unroll
-      for (auto& half : sums_) hold_registers(half);
+      hold_registers(sums_);
       rings_.release_input(rings_.input_stage(0));
       rings_.advance_input(1);
       rings_.release_weight();
     }
   }
 
-  __device__ __forceinline__ void start_sums(const Fragments& a, uint32_t x) {
+  static __device__ __forceinline__ void start(float (&sums)[kCols / 2], const Fragments& a, uint32_t x,
+                                               bool accumulate) {
     fence_registers();
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int h = 0; h < Config::kHalves; ++h) {
-        multiply<T, kCols>(sums_[h], a[j], x + j * kProductStep + h * (kCols * kBlockCols * 2 / 16), true);
-      }
-    }
+    for (int j = 0; j < 4; ++j) multiply<T, kCols>(sums, a[j], x + j * kProductStep, accumulate || j > 0);
     commit_products();
-  }
-
-  __device__ __forceinline__ void start_products(const Fragments& a, uint32_t x) {
-    wait_for_turn();
-    fence_registers();
-#pragma unroll
-    for (int j = 0; j < 4; ++j) multiply<T, kCols>(products_, a[j], x + j * kProductStep, j > 0);
-    commit_products();
-    give_turn();
-  }
-
-  __device__ __forceinline__ void store(const Item<Config>& item) const {
-    constexpr int kGroups = kCols / kProductTokens;
-    const int first = item.first + first_row();
-    const int group = item.token / kProductTokens;
-#pragma unroll
-    for (int h = 0; h < Config::kHalves; ++h) {
-      if (arguments_.target.parts != nullptr) {
-        store_part<kCols>(sums_[h], arguments_.target, item.part, first, group + h * kGroups);
-      } else {
-        store_product<T, kCols>(sums_[h], arguments_.target, first, group + h * kGroups,
-                                shared_.staging[threadIdx.x / 32 - kWarpgroup / 32]);
-      }
-    }
   }
 
   const Arguments& arguments_;
   Shared& shared_;
   Rings<Config> rings_;
-  Operand operand_;
-  uint32_t scales_;      // shared address in the first stage, of those of the lane's first row
-  int held_input_ = -1;  // stage that products in flight may read
+  ForwardOperand<T, Config> operand_;
   Fragments a_[2];
-  float sums_[Config::kHalves][kCols / 2];
-  float products_[kScalesWeights ? 1 : kCols / 2];  // not yet scaled
+  float sums_[kCols / 2];
+  float products_[kCols / 2];  // not yet scaled
 };
 
 #endif
@@ -238,8 +200,7 @@ struct Forward {
   static void dispatch_tokens(int64_t m, Function&& f) {
     dispatch_constant<128, kMaxTokens>("wide_sm90", tokens_of(m), f);
   }
-  static constexpr int kMaxRows = 1 << 30;
-  static constexpr bool kFusesLowRank = true;
+  static constexpr int kScaleVector = kStepBlocks;
   static int64_t num_part_floats(int64_t m, int64_t width) { return qlora::num_part_floats(m, width); }
   static void add(const ProductTarget& target, int num_parts, qlora_dtype dtype, const Device& device,
                   cudaStream_t stream) {
@@ -253,10 +214,23 @@ struct Forward {
   template <bool kIsNested>
   using Scales = StepScales<kIsNested>;
   template <typename Config>
-  using Consumer = ForwardConsumer<T, Config>;
+  using Operand = ForwardOperand<T, Config>;
+  template <typename Config>
+  using Consumer =
+      std::conditional_t<Config::kScalesWeights, ScaledConsumer<T, Config, Forward>, ProductConsumer<T, Config>>;
 
   static __device__ __forceinline__ int box_col(int, int step) { return step * (kStep / 2); }
   static __device__ __forceinline__ int box_row(int first, int) { return first; }
+
+  template <typename Config>
+  static __device__ __forceinline__ void store(const Arguments& arguments, Shared& shared, const Item<Config>& item,
+                                               const typename ScaledConsumer<T, Config, Forward>::Sums& sums) {
+#pragma unroll
+    for (int h = 0; h < Config::kTokens / Config::kCols; ++h) {
+      store_products<T, Config::kCols>(arguments, shared, item.first + first_product_col(),
+                                       item.token + h * Config::kCols, item.part, sums[h]);
+    }
+  }
 
   // The low-rank term's right operand in place of packed bytes, as many of a row.
   static __device__ __forceinline__ void copy_right(const Arguments& arguments, int first, int block,

@@ -107,15 +107,20 @@ def drive_lora(m: int, shape: tuple[int, int], rank: int, dtype: torch.dtype) ->
 
 
 def drive_wide_loras() -> None:
-    """The update as more depth of wide_sm90: in one of several parts, in clusters, of several blocks."""
+    """The update as more depth of the wide kernels: in one of several parts, in clusters, of several blocks."""
     n, k, form = 264, 1088, {"block_size": 64, "quant_type": "nf4"}
     packed, absmax = ops.quantize_4bit(torch.randn(n, k, device="cuda"), **form)
-    os.environ["QLORA_LINEAR_KERNEL"] = "wide_sm90"
-    for m, rank in ((100, 16), (300, 100)):
-        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    for m, rank in ((30, 200), (100, 16), (300, 100)):
+        x, dy = (torch.randn(m, size, device="cuda", dtype=torch.bfloat16) for size in (k, n))
         a, b = torch.randn(rank, k, device="cuda"), torch.randn(n, rank, device="cuda")
         for change in (lambda value: value, shifted):
-            ops.lora_linear_4bit(change(x), packed, absmax, (n, k), a, change(b), 0.5, **form)
+            weight = (packed, absmax, (n, k), change(a), change(b), 0.5)
+            os.environ["QLORA_LINEAR_KERNEL"] = "wide_sm90"
+            _, left = ops.lora_linear_4bit(change(x), *weight, **form)
+            os.environ["QLORA_LINEAR_KERNEL"] = "wide_grad_sm90"
+            ops.lora_linear_4bit_backward(
+                change(dy), x, left, *weight, **form, is_separate=False, needed=(True, False, False, False)
+            )
     torch.cuda.synchronize()
 
 
@@ -188,8 +193,8 @@ FUSED: dict[str, tuple[tuple[tuple[int, ...], tuple[tuple[int, int], ...]], ...]
     "narrow_sm90": (((3, 20, 50), ((1, 64), (264, 1088), (333, 1024))), ((20, 50), ((17100, 320),))),
     "wide_sm90": (((3, 100, 300), ((1, 64), (264, 1088), (333, 1024))), ((100, 200), ((17100, 320),))),
     "wide_grad_sm90": (
-        ((3, 20, 50, 100, 200), ((1, 64), (264, 1088), (333, 1024))),
-        ((20, 100), ((320, 17152),)),
+        ((3, 20, 50, 100, 200, 300), ((1, 64), (264, 1088), (512, 640), (333, 1024))),
+        ((20, 100, 300), ((320, 17152),)),
     ),
 }
 

@@ -16,9 +16,10 @@ from qlora import ops
 pytestmark = pytest.mark.gpu
 
 # The most rows of each.
-MAX_ROWS = {"narrow_sm90": 64, "wide_sm90": 700, "wide_grad_sm90": 256, "skinny_sm80": 32}
-# [n, k]: less than a tile and than a step; a step and a rest of 1, 2 and 3 blocks; tiles in pairs and not; many parts,
-# also of rows that no vector divides; more items than multiprocessors, of several steps and a rest each.
+MAX_ROWS = {"narrow_sm90": 64, "wide_sm90": 700, "wide_grad_sm90": 700, "skinny_sm80": 32}
+# [n, k]: less than a tile and than a step; a step and a rest of 1, 2 and 3 blocks; tiles in pairs and not, of whole blocks
+# too; many parts, also of rows that no vector divides; more items than multiprocessors, of several steps and a rest
+# each.
 SHAPES = (
     (1, 64),
     (7, 192),
@@ -26,6 +27,7 @@ SHAPES = (
     (1000, 1024),
     (264, 2176),
     (333, 4096),
+    (520, 640),
     (40, 18944),
     (34000, 1088),
     (1088, 34048),

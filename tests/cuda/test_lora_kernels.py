@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import c_library
@@ -75,28 +76,49 @@ def test_every_linear_kernel_is_followed_by_the_update(m: int) -> None:
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="Hopper's"
 )
-@pytest.mark.parametrize("b_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("right_dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [1, 16, 64, 100, 256])
 @pytest.mark.parametrize(
-    ("m", "shape"), [(3, (264, 1088)), (100, (1000, 320)), (300, (33, 64)), (600, (600, 4096))]
+    ("m", "shape"),
+    [(3, (264, 1088)), (40, (1000, 448)), (100, (1000, 320)), (300, (33, 64)), (600, (600, 4096))],
 )
-def test_wide_sm90_sums_the_update_itself(
-    kernel: Callable[..., None], m: int, shape: tuple[int, int], rank: int, b_dtype: torch.dtype
+def test_wide_kernels_sum_the_update_themselves(
+    kernel: Callable[..., None], m: int, shape: tuple[int, int], rank: int, right_dtype: torch.dtype
 ) -> None:
-    dtypes = (torch.float32, b_dtype)
     for dtype in (torch.float16, torch.bfloat16):
-        case = Case.random(rank, device="cuda", shape=shape, lead=(m,), dtype=dtype, adapter_dtypes=dtypes)
-        kernel("wide_sm90")
-        y, left = case.forward()
-        x = shifted(case.x)
-        moved = replace(case, x=x, adapter_input=x, b=shifted(case.b))
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            assert_bitwise_equal(moved.forward()[0], y)
-        names = [event.key for event in profile.key_averages()]
-        assert any("wide_kernel" in name for name in names)
-        assert not any("add_low_rank" in name for name in names)
+        case = Case.random(
+            rank,
+            device="cuda",
+            shape=shape,
+            lead=(m,),
+            dtype=dtype,
+            adapter_dtypes=(right_dtype, right_dtype),
+        )
         kernel("")
-        check_lora(case, left, y, case.backward(left))
+        y, left = case.forward()
+        gradients = case.backward(left)
+        kernel("wide_sm90")
+        x = shifted(case.x)
+        moved = replace(case, x=x, adapter_input=x, a=shifted(case.a), b=shifted(case.b))
+        with wide_kernel_alone():
+            y = case.forward()[0]
+            assert_bitwise_equal(moved.forward()[0], y)
+        kernel("wide_grad_sm90")
+        moved = replace(case, dy=shifted(case.dy), a=shifted(case.a))
+        with wide_kernel_alone():
+            gradients[0] = case.backward(left)[0]
+            assert_bitwise_equal(moved.backward(left)[0], gradients[0])
+        check_lora(case, left, y, gradients)
+
+
+@contextmanager
+def wide_kernel_alone() -> Iterator[None]:
+    """Fails where no wide kernel ran, or a kernel that adds an update."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        yield
+    names = [event.key for event in profile.key_averages()]
+    assert any("wide_kernel" in name for name in names)
+    assert not any("add_low_rank" in name for name in names)
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float16])
