@@ -8,6 +8,7 @@ from torch import nn
 
 from .lazy_logits import LazyHead
 from .loss import causal_lm_loss
+from .regional_compile import compile_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -18,6 +19,7 @@ def prepare(
     *,
     use_reentrant: bool = False,
     low_memory_loss: bool = True,
+    compile: bool = False,
 ) -> Model:
     """Readies a model for training adapters on it; before or after they are added.
 
@@ -35,12 +37,14 @@ def prepare(
         gradient_checkpointing: recompute the layers' activations in backward: a third more time, far less memory.
         use_reentrant: the older kind of checkpointing (DeepSpeed ZeRO-3 with PEFT needs it).
         low_memory_loss: the last point above; models whose loss is not the plain next-token one keep theirs.
+        compile: compile the decoder layers for training steps (`qlora.regional_compile`): the first step takes a minute
+            longer, every other is faster.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: gradient_checkpointing is asked of a model that has none.
+        ValueError: gradient_checkpointing is asked of a model that has none, or compile of one without equal layers.
     """
     base = _base_model(model)
     if base is model and not _has_adapters(model):
@@ -50,6 +54,8 @@ def prepare(
         _enable_checkpointing(base, use_reentrant)
     if low_memory_loss:
         _use_low_memory_loss(base)
+    if compile:
+        compile_layers(base)
     return model
 
 
