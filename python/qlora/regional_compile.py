@@ -8,7 +8,7 @@ A layer's class is replaced by a subclass of it whose `forward` calls the compil
 hooks, adapters and `isinstance` stay what they are. Compiled is what computes gradients and fills no cache; evaluation
 and generation run as before.
 
-Checkpointing. Plain non-reentrant checkpointing is traced into the graph: the backward graph computes the layer again
+Checkpointing. Plain non-reentrant checkpointing is traced into the graphs: the backward graph computes the layer again
 in the order it needs it, fused with the gradients, and leaves out what no gradient needs. Any other checkpointing
 function (reentrant, offloading) is called around the compiled layer.
 """
@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import compile_passes
+
 __all__ = ["compile_layers", "compiled_layers", "uncompile_layers"]
 
 #: Names under which models pass a layer what it is to write keys and values into.
@@ -35,7 +37,7 @@ _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 def compile_layers(
     model: nn.Module, *, dynamic: bool | None = None, backend: Any = "inductor"
 ) -> dict[str, int]:
-    """Compiles the repeated layers of a model, at their first training step. Again, it starts anew.
+    """Has the repeated layers of a model compiled at their next training step. Called again, it starts anew.
 
     Args:
         model: a transformers model or a PeftModel around one.
@@ -44,7 +46,7 @@ def compile_layers(
         backend: of torch.compile.
 
     Returns:
-        For each class of layers how many are compiled.
+        For each class of layers how many will be compiled.
 
     Raises:
         ValueError: the model has no repeated layers.
@@ -70,27 +72,22 @@ def uncompile_layers(model: nn.Module) -> None:
 
 
 def compiled_layers(model: nn.Module) -> dict[str, int]:
-    """For each class of layers how many are compiled, those left out that could not be traced."""
+    """For each class of layers how many are compiled, without those that could not be."""
     regions = [_region_of(module) for module in model.modules()]
     return dict(Counter(r.layer_class.__name__ for r in regions if r is not None and not r.is_off))
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules that checkpointing treats one by one, or else the members of lists of equal modules."""
-    candidates = [m for m in model.modules() if hasattr(type(m), "gradient_checkpointing")]
-    layers = [m for m in candidates if _is_layer(m)]
+    """The modules that transformers checkpoints one by one, or else the members of lists of equal modules."""
+    layers = [m for m in model.modules() if _is_checkpointed(m)]
     if layers:
         return layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    return [m for part in lists if len({type(m) for m in part}) == 1 for m in part if _has_children(m)]
+    return [m for part in lists if len({type(m) for m in part}) == 1 for m in part if len(m._modules) > 0]
 
 
-def _is_layer(module: nn.Module) -> bool:
+def _is_checkpointed(module: nn.Module) -> bool:
     return any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__)
-
-
-def _has_children(module: nn.Module) -> bool:
-    return any(True for _ in module.children())
 
 
 def _region_of(module: nn.Module) -> Region | None:
@@ -104,7 +101,7 @@ class Region:
     Attributes:
         layer_class: the class as it was.
         compiled_class: what the layers are made instances of.
-        is_off: whether tracing has failed and the layers run as they did.
+        is_off: whether compiling has failed and the layers run as they did before.
     """
 
     def __init__(self, layer_class: type[nn.Module], dynamic: bool | None, backend: Any) -> None:
@@ -114,13 +111,15 @@ class Region:
         def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return layer_class.forward(layer, *args, **kwargs)
 
-        def run_twice(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            run = functools.partial(layer_class.forward, layer, **kwargs)
-            return checkpoint(run, *args, use_reentrant=False)
+        def run_with_checkpoint(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            function = functools.partial(layer_class.forward, layer, **kwargs)
+            return checkpoint(function, *args, use_reentrant=False)
 
-        self._run, self._run_twice = (
-            torch.compile(_with_own_code(function), fullgraph=True, dynamic=dynamic, backend=backend)
-            for function in (run, run_twice)
+        settings: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic, "backend": backend}
+        if backend == "inductor":
+            settings["options"] = compile_passes.inductor_options()
+        self._run, self._run_with_checkpoint = (
+            torch.compile(_with_own_code(function), **settings) for function in (run, run_with_checkpoint)
         )
         self.compiled_class = _subclass(self)
 
@@ -130,14 +129,28 @@ class Region:
         if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
             checkpointing = layer._gradient_checkpointing_func
             kwargs = _without_cache(kwargs)
-        is_plain = checkpointing is not None and _is_plain(checkpointing)
         if not self._serves(layer, args, kwargs):
-            run = functools.partial(self.layer_class.forward, layer, **kwargs)
-            return run(*args) if checkpointing is None else checkpointing(run, *args)
+            return self._run_as_before(checkpointing, layer, args, kwargs)
         args = _with_gradient(args)
-        if checkpointing is not None and not is_plain:
-            return checkpointing(functools.partial(self._call, self._run, layer, **kwargs), *args)
-        return self._call(self._run_twice if is_plain else self._run, layer, *args, **kwargs)
+        try:
+            if checkpointing is None:
+                return self._run(layer, *args, **kwargs)
+            if _is_plain(checkpointing):
+                return self._run_with_checkpoint(layer, *args, **kwargs)
+            return checkpointing(functools.partial(self._run, layer, **kwargs), *args)
+        except _failures() as error:  # raised while tracing: nothing has been computed
+            self._switch_off(error)
+        return self._run_as_before(checkpointing, layer, args, kwargs)
+
+    def _run_as_before(
+        self,
+        checkpointing: Callable[..., Any] | None,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        function = functools.partial(self.layer_class.forward, layer, **kwargs)
+        return function(*args) if checkpointing is None else checkpointing(function, *args)
 
     def _serves(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if self.is_off or not (torch.is_grad_enabled() and args and isinstance(args[0], Tensor)):
@@ -146,16 +159,27 @@ class Region:
             return False
         return args[0].requires_grad or any(p.requires_grad for p in layer.parameters())
 
-    def _call(self, compiled: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return compiled(layer, *args, **kwargs)
+    def _switch_off(self, error: Exception) -> None:
+        self.is_off = True
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        warnings.warn(
+            f"qlora: layers of class {self.layer_class.__name__} run without torch.compile from here on: {reason}",
+            stacklevel=2,
+        )
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What torch.compile raises where a layer cannot be one graph, or would be too many."""
+    from torch._dynamo import exc
+
+    return exc.Unsupported, exc.FailOnRecompileLimitHit
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with a code object of its own: compiled code is kept, and limited in number, by code object."""
-    copy = types.FunctionType(
+    return types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
     )
-    return copy
 
 
 def _subclass(region: Region) -> type[nn.Module]:
@@ -175,11 +199,13 @@ def _subclass(region: Region) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "__init_subclass__": classmethod(lambda cls, **kwargs: None),
         "__reduce_ex__": reduce,
-        "__call__": nn.Module.__call__,  # transformers' before 5.18 is where it checkpoints
+        # Transformers checkpoints in `__call__` up to 5.17, and later in a wrapper that its __init_subclass__ puts
+        # around `forward`: Region.forward does it instead.
+        "__call__": nn.Module.__call__,
         "_qlora_region": region,
     }
     compiled = type(base.__name__, (base,), members)
-    compiled.forward = forward  # after transformers' __init_subclass__ has put its checkpointing around the inherited
+    compiled.forward = forward
     return compiled
 
 
@@ -193,14 +219,15 @@ def _is_plain(checkpointing: Any) -> bool:
 
 
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """As transformers has it under checkpointing."""
-    return {name: None if name in _CACHES else value for name, value in kwargs.items()} | (
-        {"use_cache": False} if kwargs.get("use_cache") else {}
-    )
+    """What transformers passes on under checkpointing."""
+    return {
+        name: None if name in _CACHES else False if name == "use_cache" and value else value
+        for name, value in kwargs.items()
+    }
 
 
 def _with_gradient(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The first layer's input has no gradient; with one it can use the graphs of all the others."""
+    """The input of the first layer has no gradient; with one it can use the graphs of all the others."""
     if args[0].requires_grad:
         return args
     return (args[0].detach().requires_grad_(True), *args[1:])

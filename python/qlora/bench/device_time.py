@@ -11,12 +11,13 @@ import torch
 
 #: Kinds by the kernel's name; the first that matches counts.
 KINDS = (
+    ("triton", r"^triton_"),
     ("qlora", r"\bqlora::"),
     ("bitsandbytes", r"kDequantizeBlockwise|kQuantizeBlockwise|bitsandbytes|\bkgemm_4bit"),
     ("attention", r"flash|fmha|attention|sdpa|cudnn_generated"),
     ("products", r"gemm|gemv|nvjet|cutlass|xmma|wgmma|splitKreduce|cublas"),
     ("copies", r"memcpy|memset|copy_kernel|direct_copy|CatArray"),
-    ("triton", r"^triton_|_kernel_0d1d|liger|^_.*_kernel$"),
+    ("triton", r"liger|^_.*_kernel$"),
     ("optimizer", r"multi_tensor|adam"),
     ("elementwise", r"elementwise|reduce|softmax|index|gather|scatter|fill|native::"),
 )
@@ -44,7 +45,7 @@ def profile_step(step: Callable[[], Any], step_s: float, *, num_kernels: int = 1
     spans = [
         (event.name, float(event.time_range.start), float(event.time_range.end))
         for event in profiled.events() or ()
-        if event.device_type == DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
     return summarise(spans, step_s, num_kernels)
 
