@@ -27,7 +27,8 @@ def prepare(
       16 bit, and with them the residual stream (peft's prepare_model_for_kbit_training makes all of it float32).
     - Gradient checkpointing, non-reentrant. The embeddings' output is made to require a gradient only for the
       reentrant kind, which needs it; here it would only add a backward pass through the first layer's inputs.
-    - `config.use_cache` is off for forward passes (checkpointing cannot fill a cache); `generate` still uses one.
+    - `config.use_cache` is off for forward passes (neither checkpointing nor compiled layers can fill a cache);
+      `generate` still uses one.
     - The loss works in chunks: `model(input_ids=..., labels=...).loss` has transformers' value, but neither float32
       logits nor, while training with a frozen head, the logits themselves exist as a whole (`qlora.loss`,
       `qlora.lazy_logits`). `outputs.logits` still are there for whoever reads them, computed on first use.
@@ -49,7 +50,7 @@ def prepare(
     base = _base_model(model)
     if base is model and not _has_adapters(model):
         model.requires_grad_(False)
-    _set_use_cache(base, not gradient_checkpointing)
+    _set_use_cache(base, not (gradient_checkpointing or compile))
     if gradient_checkpointing:
         _enable_checkpointing(base, use_reentrant)
     if low_memory_loss:

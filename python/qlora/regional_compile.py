@@ -107,6 +107,7 @@ class Region:
     def __init__(self, layer_class: type[nn.Module], dynamic: bool | None, backend: Any) -> None:
         self.layer_class = layer_class
         self.is_off = False
+        self._warned: set[str] = set()
 
         def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return layer_class.forward(layer, *args, **kwargs)
@@ -155,24 +156,31 @@ class Region:
     def _serves(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if self.is_off or not (torch.is_grad_enabled() and args and isinstance(args[0], Tensor)):
             return False
-        if any(kwargs.get(name) is not None for name in _CACHES):
+        if not (args[0].requires_grad or any(p.requires_grad for p in layer.parameters())):
             return False
-        return args[0].requires_grad or any(p.requires_grad for p in layer.parameters())
+        if any(kwargs.get(name) is not None for name in _CACHES):
+            self._warn("run without torch.compile where they are to fill a cache: pass use_cache=False")
+            return False
+        return True
 
     def _switch_off(self, error: Exception) -> None:
         self.is_off = True
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        warnings.warn(
-            f"qlora: layers of class {self.layer_class.__name__} run without torch.compile from here on: {reason}",
-            stacklevel=2,
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )
+        self._warn(f"run without torch.compile from here on: {reason}")
+
+    def _warn(self, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"qlora: layers of class {self.layer_class.__name__} {what}", stacklevel=2)
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What torch.compile raises where a layer cannot be one graph, or would be too many."""
+    """What torch.compile raises where a layer cannot be one graph, or would be too many, or no compiler is there."""
     from torch._dynamo import exc
 
-    return exc.Unsupported, exc.FailOnRecompileLimitHit
+    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -150,7 +150,9 @@ def main() -> None:
     parser.add_argument("--targets", choices=sorted(TARGETS), default="all")
     parser.add_argument("--cases", default="1x2048,4x2048", help="comma-separated batch x length")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--profile", action="store_true", help="also the device time of a step by kind of kernel")
+    parser.add_argument(
+        "--profile", action="store_true", help="also the device time of a step by kind of kernel"
+    )
     arguments = parser.parse_args()
     if arguments.stack == "unsloth":  # before torch and transformers, which it patches; and it asks a hub
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
