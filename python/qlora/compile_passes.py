@@ -48,10 +48,10 @@ def _needed_by_backward(graph: Graph) -> set[Node]:
     pending: list[Node] = []
     for node in graph.nodes:
         is_tangent = node.op == "placeholder" and "tangent" in str(node.target)
-        if is_tangent or any(source in backward for source in node.all_input_nodes):
-            if node.op != "output":
-                backward.add(node)
-                pending += [source for source in node.all_input_nodes if source not in backward]
+        follows = node.op != "output" and any(source in backward for source in node.all_input_nodes)
+        if is_tangent or follows:
+            backward.add(node)
+            pending += [source for source in node.all_input_nodes if source not in backward]
     needed: set[Node] = set()
     while pending:
         node = pending.pop()
@@ -81,4 +81,4 @@ def _let_inputs_be_shared() -> None:
     compute the input of the first few of them (query, key and value) once for each."""
     from torch._inductor.lowering import add_needs_realized_inputs
 
-    add_needs_realized_inputs([_LORA_LINEAR, *_OTHERS])
+    add_needs_realized_inputs([_LORA_LINEAR, *_OTHERS])  # type: ignore[no-untyped-call]

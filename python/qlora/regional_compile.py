@@ -198,7 +198,8 @@ def _subclass(region: Region) -> type[nn.Module]:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         """Copies and pickles are of the class as it was."""
-        function, arguments, *rest = base.__reduce_ex__(self, protocol)
+        reduced: Any = base.__reduce_ex__(self, protocol)
+        function, arguments, *rest = reduced
         return function, (base, *arguments[1:]), *rest
 
     members = {
@@ -212,9 +213,9 @@ def _subclass(region: Region) -> type[nn.Module]:
         "__call__": nn.Module.__call__,
         "_qlora_region": region,
     }
-    compiled = type(base.__name__, (base,), members)
+    compiled: Any = type(base.__name__, (base,), members)
     compiled.forward = forward
-    return compiled
+    return compiled  # type: ignore[no-any-return]
 
 
 def _is_plain(checkpointing: Any) -> bool:

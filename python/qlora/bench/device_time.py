@@ -35,7 +35,7 @@ def profile_step(step: Callable[[], Any], step_s: float, *, num_kernels: int = 1
         device_ms: for each kind (milliseconds, launches), the longest first; busy_ms: time in which any kernel ran;
         idle_share: part of step_s in which none did, waiting for Python; kernels: the longest by name.
     """
-    from torch.autograd import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()

@@ -53,7 +53,9 @@ def load_and_adapt(stack: str, directory: Path, rank: int, targets: list[str], r
 
 def _apply_liger(model: Any) -> None:
     """Liger's norms, rotary embeddings and SwiGLU; the loss stays qlora's."""
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers import (  # type: ignore[import-not-found]
+        _apply_liger_kernel_to_instance,
+    )
 
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
 
@@ -61,7 +63,7 @@ def _apply_liger(model: Any) -> None:
 def _load_unsloth(directory: Path, rank: int, targets: list[str], result: dict[str, Any]) -> Any:
     """As Unsloth's notebooks do, with its offloading gradient checkpointing."""
     import torch
-    from unsloth import FastLanguageModel
+    from unsloth import FastLanguageModel  # type: ignore[import-not-found]
 
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
