@@ -169,7 +169,7 @@ def main() -> None:
     for case in arguments.cases.split(","):
         batch, length = (int(part) for part in case.split("x"))
         figures = time_case(model, batch, length, arguments.steps, profile=arguments.profile)
-        print(json.dumps(result | {"cases": [figures]}), flush=True)
+        print(json.dumps(result | {"cases": [figures], "partial": True}), flush=True)
         result["cases"].append(figures)
     print(json.dumps(result))
 
