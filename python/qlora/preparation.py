@@ -8,6 +8,7 @@ from torch import nn
 
 from .lazy_logits import LazyHead
 from .loss import causal_lm_loss
+from .regional_compile import compile_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -18,6 +19,7 @@ def prepare(
     *,
     use_reentrant: bool = False,
     low_memory_loss: bool = True,
+    compile: bool = False,
 ) -> Model:
     """Readies a model for training adapters on it; before or after they are added.
 
@@ -25,7 +27,8 @@ def prepare(
       16 bit, and with them the residual stream (peft's prepare_model_for_kbit_training makes all of it float32).
     - Gradient checkpointing, non-reentrant. The embeddings' output is made to require a gradient only for the
       reentrant kind, which needs it; here it would only add a backward pass through the first layer's inputs.
-    - `config.use_cache` is off for forward passes (checkpointing cannot fill a cache); `generate` still uses one.
+    - `config.use_cache` is off for forward passes (neither checkpointing nor compiled layers can fill a cache);
+      `generate` still uses one.
     - The loss works in chunks: `model(input_ids=..., labels=...).loss` has transformers' value, but neither float32
       logits nor, while training with a frozen head, the logits themselves exist as a whole (`qlora.loss`,
       `qlora.lazy_logits`). `outputs.logits` still are there for whoever reads them, computed on first use.
@@ -35,21 +38,25 @@ def prepare(
         gradient_checkpointing: recompute the layers' activations in backward: a third more time, far less memory.
         use_reentrant: the older kind of checkpointing (DeepSpeed ZeRO-3 with PEFT needs it).
         low_memory_loss: the last point above; models whose loss is not the plain next-token one keep theirs.
+        compile: compile the decoder layers for training steps (`qlora.regional_compile`): the first step takes a minute
+            longer, every other is faster.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: gradient_checkpointing is asked of a model that has none.
+        ValueError: gradient_checkpointing is asked of a model that has none, or compile of one without equal layers.
     """
     base = _base_model(model)
     if base is model and not _has_adapters(model):
         model.requires_grad_(False)
-    _set_use_cache(base, not gradient_checkpointing)
+    _set_use_cache(base, not (gradient_checkpointing or compile))
     if gradient_checkpointing:
         _enable_checkpointing(base, use_reentrant)
     if low_memory_loss:
         _use_low_memory_loss(base)
+    if compile:
+        compile_layers(base)
     return model
 
 

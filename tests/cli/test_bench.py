@@ -17,17 +17,23 @@ from qlora.cli import bench
 
 @pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the process of each stack does: an exception that it raises, or the line that it prints; None: it fails."""
+    """What the process of each stack does: an exception that it raises, or the lines that it prints; None: it fails."""
     outcomes: dict[str, Any] = {}
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        outcome = outcomes[command[3]]
-        if isinstance(outcome, BaseException):
-            raise outcome
-        line = f"a warning\n{json.dumps(outcome)}\n"
-        return subprocess.CompletedProcess(command, 1 if outcome is None else 0, line, "no memory")
+    class Process:
+        def __init__(self, command: list[str], *, stderr: Any, **_: Any) -> None:
+            outcome = outcomes[command[3]]
+            if isinstance(outcome, BaseException):
+                raise outcome
+            stderr.write("no memory")
+            lines = [] if outcome is None else outcome if isinstance(outcome, list) else [outcome]
+            self.stdout = ["a warning\n", *(f"{json.dumps(line)}\n" for line in lines)]
+            self.code = 1 if outcome is None else 0
 
-    monkeypatch.setattr(subprocess, "run", run)
+        def wait(self) -> int:
+            return self.code
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
     return outcomes
 
 
@@ -82,3 +88,19 @@ def test_the_table_of_all_comes_last(
     shown = capsys.readouterr().out
     assert shown.count("11.50") == shown.count("33.50") == 2
     assert shown.rindex("11.50") > shown.index("33.50")
+
+
+def test_cases_are_shown_as_they_are_done_and_once(
+    children: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = row("qlora", 11.5, 22.5)
+    profile = {"device_ms": {"products": [61.5, 7]}, "busy_ms": 70.0, "idle_share": 0.25, "kernels": {}}
+    whole["cases"] = [{"case": "1x8", **case, **profile} for case in whole["cases"]]
+    parts = [{**whole, "cases": [case], "partial": True} for case in whole["cases"]]
+    children.update(qlora=[*parts, whole])
+    result: dict[str, Any] = {}
+    bench._bench_generate(arguments("qlora", tmp_path / "figures.json"), result)
+    assert [figure["tokens_per_s"] for figure in result["figures"]] == [11.5, 22.5]
+    shown = capsys.readouterr().out
+    assert shown.count("qlora 1x8: some kernel runs for 70.0 ms, none for 25% of the step") == 2
+    assert "61.50" in shown and "device_ms" not in shown

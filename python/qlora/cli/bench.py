@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stacks",
         default="qlora,bitsandbytes,bf16",
-        help="train, generate: comma-separated stacks (default: %(default)s)",
+        help="train, generate: comma-separated stacks (default: %(default)s); train also: qlora-eager, qlora-liger, "
+        "unsloth",
     )
     parser.add_argument(
         "--cases",
@@ -42,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--targets", choices=("all", "qv"), default="all", help="train: adapted layers")
     parser.add_argument("--rank", type=int, default=16, help="train: LoRA rank (default: %(default)s)")
+    parser.add_argument(
+        "--profile", action="store_true", help="train: also where the device time of a step goes"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -119,6 +124,7 @@ def _bench_kernels(arguments: argparse.Namespace, result: dict[str, Any]) -> lis
 def _bench_train(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     options = ["--cases", arguments.cases or "1x2048,4x2048"]
     options += ["--targets", arguments.targets, "--rank", str(arguments.rank)]
+    options += ["--profile"] if arguments.profile else []
     _bench_stacks("train_step", arguments, options, result)
 
 
@@ -131,7 +137,7 @@ def _bench_stacks(
 ) -> None:
     """Runs `qlora.bench.<module>` for each stack in a process of its own, over one checkpoint.
 
-    A stack's cases are printed and written with those before it when it is done, so that a run that is cut off has
+    A stack's cases are printed and written with those before them as they are done, so that a run that is cut off has
     shown what it has measured; in the end comes a table of all.
     """
     from qlora.bench.llama import make_llama3_8b
@@ -147,21 +153,56 @@ def _bench_stacks(
             _release_gpu()
         for stack in stacks:
             command = [sys.executable, "-m", f"qlora.bench.{module}", stack, str(model), *options]
-            process = subprocess.run(command, check=False, capture_output=True, text=True)
-            if process.returncode != 0:
-                print(
-                    f"qlora bench {arguments.what}: {stack} failed:\n{process.stderr[-2000:]}",
-                    file=sys.stderr,
-                )
-                continue
-            run_result = json.loads(process.stdout.splitlines()[-1])
-            cases = [{**run_result, **case} for case in run_result.pop("cases")]
-            figures += cases
-            _print_table(cases)
-            _write(arguments, result)
+            for cases in _run_stack(command, f"qlora bench {arguments.what}: {stack}"):
+                figures += cases
+                _print_table([_without_profile(case) for case in cases])
+                _print_profiles(cases)
+                _write(arguments, result)
     _write(arguments, result)
-    if len(stacks) > 1:
-        _print_table(figures)
+    if len(stacks) > 1 or len(figures) > 1:
+        _print_table([_without_profile(figure) for figure in figures])
+
+
+def _run_stack(command: list[str], title: str) -> Iterator[list[dict[str, Any]]]:
+    """The cases of a process that prints a JSON line with those that are done; a failure is printed."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        shown = 0
+        for line in process.stdout:
+            if not line.startswith("{"):
+                continue
+            common = json.loads(line)
+            cases = common.pop("cases")
+            is_partial = common.pop("partial", False)
+            cases = cases if is_partial else cases[shown:]
+            shown += len(cases)
+            if cases:
+                yield [{**common, **case} for case in cases]
+        if process.wait() != 0:
+            errors.seek(0)
+            print(f"{title} failed:\n{errors.read()[-2000:]}", file=sys.stderr)
+
+
+_PROFILE = ("device_ms", "busy_ms", "idle_share", "kernels")
+
+
+def _without_profile(figure: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in figure.items() if name not in _PROFILE}
+
+
+def _print_profiles(figures: list[dict[str, Any]]) -> None:
+    """Where the device time of a step goes, and what of the step no kernel fills."""
+    for figure in figures:
+        if "device_ms" not in figure:
+            continue
+        kinds = [
+            {"kind": kind, "ms": ms, "launches": launches}
+            for kind, (ms, launches) in figure["device_ms"].items()
+        ]
+        title = f"{figure['stack']} {figure['case']}: some kernel runs for {figure['busy_ms']} ms"
+        print(f"{title}, none for {figure['idle_share']:.0%} of the step")
+        _print_table(kinds)
 
 
 def _release_gpu() -> None:

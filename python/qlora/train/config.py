@@ -128,6 +128,13 @@ class QloraArguments:
         default=3, metadata={"help": "Held-out prompts answered before and after; 0 for none."}
     )
     sample_tokens: int = field(default=64, metadata={"help": "Longest sample answer, in tokens."})
+    compile_layers: str = field(
+        default="auto",
+        metadata={
+            "help": "Compile the decoder layers: true, false, or auto: on a GPU, for runs long enough.",
+            "choices": ["auto", "true", "false"],
+        },
+    )
     max_minutes: float | None = field(
         default=None, metadata={"help": "Stop training after so many minutes, as after the last step."}
     )

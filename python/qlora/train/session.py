@@ -28,7 +28,7 @@ import torch
 
 from qlora import files
 from qlora.nn import report
-from qlora.train import calibrated_base, checkpoints, data, default_task, example, samples, smollm2
+from qlora.train import calibrated_base, checkpoints, compiling, data, default_task, example, samples, smollm2
 from qlora.train import model as models
 from qlora.train.config import Config, ConfigError, QloraArguments
 from qlora.train.results import RESULT_FILES, Measured, write_history, write_results
@@ -64,6 +64,7 @@ class Prepared:
     samples: list[samples.Sample]
     has_held_out: bool
     title: str
+    layers: str  # how the layers run
 
 
 def run(config: Config, *, resume: str | None, dry_run: bool) -> int:
@@ -196,6 +197,7 @@ def _prepare(
         samples.make_samples(chosen, tokenizer, sft.dataset_text_field),
         held_out is not None,
         title,
+        compiling.compile_layers(trainer, arguments, device),
     )
 
 
@@ -314,10 +316,8 @@ def _print_plan(prepared: Prepared, device: torch.device) -> None:
     base = (
         f"{arguments.quant_type}, block {arguments.block_size}" if arguments.load_in_4bit else "not quantised"
     )
-    print(
-        f"LoRA r={arguments.lora_r} on a base in {base}: {trainable:,} trainable parameters; {where}",
-        flush=True,
-    )
+    print(f"LoRA r={arguments.lora_r} on a base in {base}: {trainable:,} trainable parameters; {where}")
+    print(prepared.layers, flush=True)
 
 
 def _print_cut(trainer: Any) -> None:
