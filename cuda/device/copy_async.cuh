@@ -35,11 +35,6 @@ __device__ __forceinline__ void prefetch_to_l2(const void* global, int bytes) {
 #endif
 }
 
-// The same for the 128-byte line around an address.
-__device__ __forceinline__ void prefetch_line_to_l2(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
-}
-
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>

@@ -49,18 +49,6 @@ class GradScales {
         values_[i] = *reinterpret_cast<const float2*>(arguments.scales.absmax + index);
       }
     }
-    // Each step has lines of its own, and few bytes of each: loads of the next step alone would wait for memory.
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (row(step + kAhead, i) >= arguments.rows) continue;
-      const uint32_t index = block(arguments, row(step + kAhead, i), first);
-      if constexpr (kIsNested) {
-        prefetch_line_to_l2(arguments.scales.codes + index);
-        if (threadIdx.x % 8 == 0) prefetch_line_to_l2(arguments.scales.nested_absmax + index / kNestedBlockSize);
-      } else {
-        prefetch_line_to_l2(arguments.scales.absmax + index);
-      }
-    }
   }
 
   // To scales [2][kStep], see scale_place; 0 for rows behind the last, whose bytes may decode to anything.
@@ -86,7 +74,6 @@ class GradScales {
 
  private:
   static constexpr int kRows = kStep / kScaleThreads;
-  static constexpr int kAhead = 4;  // steps
 
   static __device__ __forceinline__ int row(int step, int i) { return step * kStep + threadIdx.x + i * kScaleThreads; }
   // Index of the row's first scale in the tile, of the last tile where a cluster has one too many. 2^32 scales would be
