@@ -1,0 +1,210 @@
+"""Gradient checkpointing whose checkpoints, the inputs of the layers, wait in pinned host memory.
+
+    forward    compute  |  layer 0  |  layer 1  | ...       backward   |  layer 3  |  layer 2  | ...
+               copies     | 0 out     | 1 out                            | 2 back    | 1 back
+
+An input leaves while its layer computes; its GPU memory is free when the next layer begins. In backward it is back
+before its layer is reached. The last one never has to leave. What is recomputed, random numbers, autocast, nested
+calls and errors are those of torch.utils.checkpoint (non-reentrant), which is given the input through saved-tensor
+hooks. A tensor that is not on a GPU, or is small, is left where it is: on a CPU this is the plain checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["Copies", "OffloadedCheckpoint"]
+
+BLOCK = 8 << 20  # bytes of a pinned block; a copy of one takes about 0.2 ms
+MIN_BYTES = 1 << 20  # what is smaller costs more to move than to keep
+
+
+class Copies(Protocol):
+    """How values leave a device and come back."""
+
+    def send(self, value: Tensor) -> tuple[Any, Any]:
+        """Begins the copy of a contiguous value: (where it will be, the running copy)."""
+
+    def fetch(self, place: Any, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Any]:
+        """Begins the copy back: (the value on the device, the running copy)."""
+
+    def wait(self, copy: Any) -> None:
+        """What is queued on the device from now on runs after the copy."""
+
+    def recycle(self, place: Any) -> None:
+        """`place` may be used again by copies that begin later."""
+
+
+@dataclass
+class _Running:
+    """A copy in flight, and the stream whose allocator owns the device's memory."""
+
+    done: torch.cuda.Event
+    owner: torch.cuda.Stream
+
+
+class _PinnedCopies:
+    """Copies of one GPU, all on one stream, so that a block is read before it is written again.
+
+    The memory of a value belongs to the stream that computes. It is not told to the allocator that the copies use it
+    (record_stream): memory would then come back when the GPU is done, which Python may be many layers ahead of.
+    Instead whoever lets go of a value has the computing stream wait for its copy first.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._free: list[Tensor] = []  # blocks; as many as were ever in use at one time
+
+    def send(self, value: Tensor) -> tuple[list[Tensor], _Running]:
+        parts = value.view(-1).view(torch.uint8).split(BLOCK)
+        blocks = [self._block() for _ in parts]
+        return blocks, self._copy([(block[: len(part)], part) for block, part in zip(blocks, parts, strict=True)])
+
+    def fetch(
+        self, place: list[Tensor], shape: torch.Size, dtype: torch.dtype
+    ) -> tuple[Tensor, _Running]:
+        value = torch.empty(shape, dtype=dtype, device=self._device)
+        parts = value.view(-1).view(torch.uint8).split(BLOCK)
+        return value, self._copy([(part, block[: len(part)]) for block, part in zip(place, parts, strict=True)])
+
+    def _copy(self, pairs: list[tuple[Tensor, Tensor]]) -> _Running:
+        owner = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(owner)
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+        return _Running(self._stream.record_event(), owner)
+
+    def wait(self, copy: _Running) -> None:
+        for stream in {copy.owner, torch.cuda.current_stream(self._device)}:
+            stream.wait_event(copy.done)
+
+    def recycle(self, place: list[Tensor]) -> None:
+        self._free += place
+
+    def _block(self) -> Tensor:
+        return self._free.pop() if self._free else torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True)
+
+
+def pinned_copies(device: torch.device) -> Copies | None:
+    """Copies between a GPU and pinned memory; None where there is nothing to leave."""
+    return _PinnedCopies(device) if device.type == "cuda" else None
+
+
+class _Parked:
+    """A layer's input: leaving, away, or on its way back. Lives as long as autograd keeps the layer's graph."""
+
+    def __init__(self, value: Tensor, copies: Copies, before: _Parked | None) -> None:
+        self._copies = copies
+        self._shape, self._dtype, self._version = value.shape, value.dtype, value._version
+        self._before = None if before is None else weakref.ref(before)
+        self._place, self._copy = copies.send(value)
+        self._value: Tensor | None = value  # on the device
+        self._is_original = True
+
+    def leave(self) -> None:
+        """Lets go of the device's memory, once."""
+        if self._value is not None and self._is_original:
+            self._let_go()
+
+    def _let_go(self) -> Tensor:
+        value = self._value
+        assert value is not None
+        if self._is_original and value._version != self._version:
+            raise RuntimeError(
+                "qlora.OffloadedCheckpoint: input: expected a layer's input to stay as it was until the next layer, got "
+                f"a tensor of {list(value.shape)} modified in place; use gradient_checkpointing=True for this model"
+            )
+        self._copies.wait(self._copy)
+        self._value = None
+        return value
+
+    def _come_back(self) -> None:
+        if self._value is None:
+            self._value, self._copy = self._copies.fetch(self._place, self._shape, self._dtype)
+            self._is_original = False
+
+    def value(self) -> Tensor:
+        """The input on the device, for the backward pass; that of the layer before is sent for."""
+        self._come_back()
+        value = self._let_go()
+        before = None if self._before is None else self._before()
+        if before is not None:
+            before._come_back()
+        return value
+
+    def __del__(self) -> None:
+        if sys.is_finalizing() or not hasattr(self, "_place"):
+            return
+        if self._value is not None:
+            self._copies.wait(self._copy)
+        self._copies.recycle(self._place)
+
+
+class OffloadedCheckpoint:
+    """torch.utils.checkpoint.checkpoint (non-reentrant) that keeps the first argument in host memory.
+
+    Args:
+        make_copies: of a device; None leaves its tensors where they are.
+        min_bytes: the smallest tensor that is moved.
+    """
+
+    def __init__(
+        self,
+        make_copies: Callable[[torch.device], Copies | None] = pinned_copies,
+        min_bytes: int = MIN_BYTES,
+    ) -> None:
+        self._make_copies, self._min_bytes = make_copies, min_bytes
+        self._copies: dict[torch.device, Copies | None] = {}
+        self._last: weakref.ref[_Parked] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled model has streams and blocks of its own."""
+        return OffloadedCheckpoint, (self._make_copies, self._min_bytes)
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """function(*args), to be recomputed in backward; kwargs are those of torch's checkpoint."""
+        kwargs["use_reentrant"] = False
+        value = args[0] if args else None
+        if not isinstance(value, Tensor) or torch.compiler.is_compiling() or not self._is_moved(value):
+            return checkpoint(function, *args, **kwargs)
+        # The hooks live as long as the graph, so they hold no tensor.
+        with saved_tensors_hooks(partial(self._pack, id(value)), _unpack):
+            return checkpoint(function, *args, **kwargs)
+
+    def _is_moved(self, value: Tensor) -> bool:
+        if value.device not in self._copies:
+            self._copies[value.device] = self._make_copies(value.device)
+        return (
+            self._copies[value.device] is not None
+            and torch.is_grad_enabled()
+            and value.is_contiguous()
+            and value.numel() * value.element_size() >= self._min_bytes
+        )
+
+    def _pack(self, moved: int, tensor: Tensor) -> Tensor | _Parked:
+        """Of the tensors that torch saves of a layer's arguments, that whose id is `moved`, parked."""
+        copies = self._copies.get(tensor.device)
+        if id(tensor) != moved or copies is None:
+            return tensor
+        before = None if self._last is None else self._last()
+        if before is not None:
+            before.leave()
+        parked = _Parked(tensor.detach(), copies, before)
+        self._last = weakref.ref(parked)
+        return parked
+
+
+def _unpack(saved: Tensor | _Parked) -> Tensor:
+    return saved.value() if isinstance(saved, _Parked) else saved
