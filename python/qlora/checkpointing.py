@@ -11,6 +11,7 @@ hooks. A tensor that is not on a GPU, or is small, is left where it is: on a CPU
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 from collections.abc import Callable
@@ -23,7 +24,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Copies", "OffloadedCheckpoint"]
+from .memory_budget import MemoryBudget, Meter, cuda_meter
+
+__all__ = ["Copies", "OffloadedCheckpoint", "layer_checkpoints", "use_checkpoints"]
 
 BLOCK = 8 << 20  # bytes of a pinned block; a copy of one takes about 0.2 ms
 MIN_BYTES = 1 << 20  # what is smaller costs more to move than to keep
@@ -69,14 +72,16 @@ class _PinnedCopies:
     def send(self, value: Tensor) -> tuple[list[Tensor], _Running]:
         parts = value.view(-1).view(torch.uint8).split(BLOCK)
         blocks = [self._block() for _ in parts]
-        return blocks, self._copy([(block[: len(part)], part) for block, part in zip(blocks, parts, strict=True)])
+        return blocks, self._copy(
+            [(block[: len(part)], part) for block, part in zip(blocks, parts, strict=True)]
+        )
 
-    def fetch(
-        self, place: list[Tensor], shape: torch.Size, dtype: torch.dtype
-    ) -> tuple[Tensor, _Running]:
+    def fetch(self, place: list[Tensor], shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, _Running]:
         value = torch.empty(shape, dtype=dtype, device=self._device)
         parts = value.view(-1).view(torch.uint8).split(BLOCK)
-        return value, self._copy([(part, block[: len(part)]) for block, part in zip(place, parts, strict=True)])
+        return value, self._copy(
+            [(part, block[: len(part)]) for block, part in zip(place, parts, strict=True)]
+        )
 
     def _copy(self, pairs: list[tuple[Tensor, Tensor]]) -> _Running:
         owner = torch.cuda.current_stream(self._device)
@@ -208,3 +213,65 @@ class OffloadedCheckpoint:
 
 def _unpack(saved: Tensor | _Parked) -> Tensor:
     return saved.value() if isinstance(saved, _Parked) else saved
+
+
+def layer_checkpoints(
+    num_layers: int,
+    *,
+    is_offloaded: bool,
+    num_bytes: int | None = None,
+    make_copies: Callable[[torch.device], Copies | None] = pinned_copies,
+    make_meter: Callable[[torch.device], Meter | None] = cuda_meter,
+    tell: Callable[[str], None] | None = None,
+) -> list[Callable[..., Any]]:
+    """The checkpoint function of each layer, with inputs on the host or within a memory budget of num_bytes, or both."""
+    recompute = OffloadedCheckpoint(make_copies) if is_offloaded else partial(checkpoint, use_reentrant=False)
+    if num_bytes is None:
+        return [recompute] * num_layers
+    budget = MemoryBudget(
+        num_bytes, num_layers, recompute, moves_inputs=is_offloaded, make_meter=make_meter, tell=tell
+    )
+    return [partial(budget.run, index) for index in range(num_layers)]
+
+
+def use_checkpoints(base: Any, make: Callable[[int], list[Callable[..., Any]]]) -> None:
+    """Gives each layer of a transformers model a checkpoint function of its own, whoever enables checkpointing later.
+
+    A trainer enables it again before it starts, with torch's function; the model's hook for that is wrapped.
+
+    Args:
+        make: the functions of so many layers, in their order.
+
+    Raises:
+        ValueError: the model's layers are not transformers' checkpointed ones.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    num_layers = sum(isinstance(module, GradientCheckpointingLayer) for module in base.modules())
+    if not num_layers or "value" in inspect.signature(base._set_gradient_checkpointing).parameters:
+        raise ValueError(
+            "qlora.prepare: gradient_checkpointing: expected a model of transformers' GradientCheckpointingLayer for "
+            f"'offload' or a memory budget, got {type(base).__name__}"
+        )
+    base._set_gradient_checkpointing = partial(_set_checkpoints, base, make(num_layers))
+    base._set_gradient_checkpointing()
+
+
+def _set_checkpoints(
+    base: Any,
+    functions: list[Callable[..., Any]],
+    enable: bool = True,
+    gradient_checkpointing_func: Any = checkpoint,
+    **_: Any,
+) -> None:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+        raise ValueError(
+            "qlora.prepare: use_reentrant: expected False with gradient_checkpointing='offload' or a memory budget, "
+            "got True"
+        )
+    type(base)._set_gradient_checkpointing(base, enable, functions[0])
+    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer, function in zip(layers, functions, strict=True):
+        layer._gradient_checkpointing_func = function
