@@ -20,10 +20,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from .lean_mlp import LeanMlps
 from .memory_budget import MemoryBudget, Meter, cuda_meter
 
 __all__ = ["Copies", "OffloadedCheckpoint", "layer_checkpoints", "use_checkpoints"]
@@ -216,44 +217,57 @@ def _unpack(saved: Tensor | _Parked) -> Tensor:
 
 
 def layer_checkpoints(
-    num_layers: int,
+    layers: list[nn.Module],
     *,
     is_offloaded: bool,
     num_bytes: int | None = None,
+    lean: LeanMlps | None = None,
     make_copies: Callable[[torch.device], Copies | None] = pinned_copies,
     make_meter: Callable[[torch.device], Meter | None] = cuda_meter,
     tell: Callable[[str], None] | None = None,
 ) -> list[Callable[..., Any]]:
-    """The checkpoint function of each layer, with inputs on the host or within a memory budget of num_bytes, or both."""
-    recompute = OffloadedCheckpoint(make_copies) if is_offloaded else partial(checkpoint, use_reentrant=False)
+    """The checkpoint function of each layer, with inputs on the host or within a memory budget of num_bytes, or both.
+
+    `lean` is for the layers' feed-forward parts.
+    """
+    recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
+    if is_offloaded:
+        recompute = OffloadedCheckpoint(make_copies)
+    if lean is not None:
+        lean.take(layers)
+        recompute = partial(_lean, lean, recompute)
     if num_bytes is None:
-        return [recompute] * num_layers
+        return [recompute] * len(layers)
     budget = MemoryBudget(
-        num_bytes, num_layers, recompute, moves_inputs=is_offloaded, make_meter=make_meter, tell=tell
+        num_bytes, len(layers), recompute, moves_inputs=is_offloaded, make_meter=make_meter, tell=tell
     )
-    return [partial(budget.run, index) for index in range(num_layers)]
+    return [partial(budget.run, index) for index in range(len(layers))]
 
 
-def use_checkpoints(base: Any, make: Callable[[int], list[Callable[..., Any]]]) -> None:
+def _lean(
+    lean: LeanMlps, recompute: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return recompute(lean.within(function), *args, **kwargs)
+
+
+def use_checkpoints(base: Any, make: Callable[[list[nn.Module]], list[Callable[..., Any]]]) -> None:
     """Gives each layer of a transformers model a checkpoint function of its own, whoever enables checkpointing later.
 
     A trainer enables it again before it starts, with torch's function; the model's hook for that is wrapped.
 
     Args:
-        make: the functions of so many layers, in their order.
+        make: the functions of these layers, in their order.
 
     Raises:
         ValueError: the model's layers are not transformers' checkpointed ones.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    num_layers = sum(isinstance(module, GradientCheckpointingLayer) for module in base.modules())
-    if not num_layers or "value" in inspect.signature(base._set_gradient_checkpointing).parameters:
+    layers = _layers(base)
+    if not layers or "value" in inspect.signature(base._set_gradient_checkpointing).parameters:
         raise ValueError(
             "qlora.prepare: gradient_checkpointing: expected a model of transformers' GradientCheckpointingLayer for "
             f"'offload' or a memory budget, got {type(base).__name__}"
         )
-    base._set_gradient_checkpointing = partial(_set_checkpoints, base, make(num_layers))
+    base._set_gradient_checkpointing = partial(_set_checkpoints, base, make(layers))
     base._set_gradient_checkpointing()
 
 
@@ -264,14 +278,17 @@ def _set_checkpoints(
     gradient_checkpointing_func: Any = checkpoint,
     **_: Any,
 ) -> None:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
         raise ValueError(
             "qlora.prepare: use_reentrant: expected False with gradient_checkpointing='offload' or a memory budget, "
             "got True"
         )
     type(base)._set_gradient_checkpointing(base, enable, functions[0])
-    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer, function in zip(layers, functions, strict=True):
+    for layer, function in zip(_layers(base), functions, strict=True):
         layer._gradient_checkpointing_func = function
+
+
+def _layers(base: nn.Module) -> list[Any]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]

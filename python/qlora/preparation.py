@@ -10,6 +10,7 @@ from torch import nn
 from .checkpointing import layer_checkpoints, use_checkpoints
 from .embedding_offload import offload_embeddings
 from .lazy_logits import LazyHead
+from .lean_mlp import LeanMlps
 from .loss import causal_lm_loss
 from .memory_budget import parse_bytes
 
@@ -83,6 +84,7 @@ def prepare(
                     layer_checkpoints,
                     is_offloaded=gradient_checkpointing == "offload",
                     num_bytes=num_bytes,
+                    lean=LeanMlps(),
                 ),
             )
     if embedding_offload:
