@@ -181,13 +181,12 @@ class OffloadedCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """function(*args), to be recomputed in backward; kwargs are those of torch's checkpoint."""
-        kwargs["use_reentrant"] = False
         value = args[0] if args else None
         if not isinstance(value, Tensor) or torch.compiler.is_compiling() or not self._is_moved(value):
-            return checkpoint(function, *args, **kwargs)
+            return recompute(function, *args, **kwargs)
         # The hooks live as long as the graph, so they hold no tensor.
-        with saved_tensors_hooks(partial(self._pack, id(value)), _unpack):
-            return checkpoint(function, *args, **kwargs)
+        with saved_tensors_hooks(partial(self._pack, _identity(value)), _unpack):
+            return recompute(function, *args, **kwargs)
 
     def _is_moved(self, value: Tensor) -> bool:
         if value.device not in self._copies:
@@ -199,10 +198,10 @@ class OffloadedCheckpoint:
             and value.numel() * value.element_size() >= self._min_bytes
         )
 
-    def _pack(self, moved: int, tensor: Tensor) -> Tensor | _Parked:
-        """Of the tensors that torch saves of a layer's arguments, that whose id is `moved`, parked."""
+    def _pack(self, moved: tuple[Any, ...], tensor: Tensor) -> Tensor | _Parked:
+        """Of the tensors that are saved of a layer's arguments, that with the identity `moved`, parked."""
         copies = self._copies.get(tensor.device)
-        if id(tensor) != moved or copies is None:
+        if copies is None or _identity(tensor) != moved:
             return tensor
         before = None if self._last is None else self._last()
         if before is not None:
@@ -212,8 +211,24 @@ class OffloadedCheckpoint:
         return parked
 
 
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells a tensor that is alive, however often it is wrapped, without holding it."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.dtype
+
+
 def _unpack(saved: Tensor | _Parked) -> Tensor:
     return saved.value() if isinstance(saved, _Parked) else saved
+
+
+def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """function(*args), to be recomputed in backward: by torch's checkpoint, or by itself.
+
+    A compiled layer has, as `function.checkpointed`, a version of itself whose backward code recomputes it.
+    """
+    checkpointed = getattr(function, "checkpointed", None)
+    if checkpointed is not None:
+        return checkpointed(*args)
+    return checkpoint(function, *args, **{**kwargs, "use_reentrant": False})
 
 
 def layer_checkpoints(
@@ -230,24 +245,28 @@ def layer_checkpoints(
 
     `lean` is for the layers' feed-forward parts.
     """
-    recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
-    if is_offloaded:
-        recompute = OffloadedCheckpoint(make_copies)
+    function: Callable[..., Any] = OffloadedCheckpoint(make_copies) if is_offloaded else recompute
     if lean is not None:
         lean.take(layers)
-        recompute = partial(_lean, lean, recompute)
+        function = partial(_lean, lean, function)
     if num_bytes is None:
-        return [recompute] * len(layers)
+        return [function] * len(layers)
     budget = MemoryBudget(
-        num_bytes, len(layers), recompute, moves_inputs=is_offloaded, make_meter=make_meter, tell=tell
+        num_bytes, layers, function, moves_inputs=is_offloaded, make_meter=make_meter, tell=tell
     )
     return [partial(budget.run, index) for index in range(len(layers))]
 
 
 def _lean(
-    lean: LeanMlps, recompute: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+    lean: LeanMlps,
+    recompute: Callable[..., Any],
+    function: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    return recompute(lean.within(function), *args, **kwargs)
+    if not hasattr(function, "checkpointed"):
+        function = lean.within(function)
+    return recompute(function, *args, **kwargs)
 
 
 def use_checkpoints(base: Any, make: Callable[[list[nn.Module]], list[Callable[..., Any]]]) -> None:

@@ -7,9 +7,10 @@ layers holds then:
     peak <= held + max(rest_0, rest_n + sum of the kept layers' cost)
 
 held is what is allocated when forward begins: weights, optimizer state, gradients of earlier batches. The others are
-measured. A batch larger than any before is run with every layer recomputed, and each layer's cost is what its
-recomputation leaves allocated; rest_0 is the peak less held. The next batch of up to that size keeps what fits, and is
-measured again (rest_n). Costs grow in proportion to the tokens; rest is not taken to shrink with them.
+measured, as bytes of torch's allocator. A batch larger than any before is run with every layer recomputed, which gives
+rest_0. What keeping a layer costs is guessed from the widths of its products, half as much again, until layers are kept and
+measured; two or three steps later the plan stands. Costs grow in proportion to the tokens; rest is not taken to
+shrink with them.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ import re
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["MemoryBudget", "parse_bytes"]
 
 MARGIN = 0.02  # of the budget, left free
+_ROUNDS = 4  # of measuring a size, at most
+_LEAST = 32  # least times a layer's input that keeping it is guessed to cost
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 logger = logging.getLogger("qlora")
@@ -107,7 +109,7 @@ class Profile:
     cost: list[int]
     rest: int
     rest_kept: int
-    is_final: bool = False
+    rounds: int = 0
 
     def peak(self, held: int, kept: int, tokens: int) -> float:
         """The bound of a step that keeps the last `kept` layers."""
@@ -121,45 +123,30 @@ class Profile:
             kept += 1
         return kept
 
-    def refine(self, cost: list[int], rest: int, kept: int) -> None:
-        """Takes what a step that kept `kept` layers measured; of these, `cost` is exact."""
-        first = len(cost) - kept
-        if kept:
-            ratio = sum(cost[first:]) / max(1, sum(self.cost[first:]))
-            self.cost = [int(each * ratio) for each in self.cost[:first]] + cost[first:]
-            self.rest_kept = rest - sum(cost[first:])
-        else:
-            self.rest = self.rest_kept = max(self.rest, rest)
+    def refine(self, measured: dict[int, int], rest: int) -> None:
+        """Takes what a step measured: the cost of the layers that it kept, and the rest of its peak with them in it."""
+        self.rounds += 1
+        if not measured:
+            self.rest = max(self.rest, rest)
+            return
+        ratio = sum(measured.values()) / max(1, sum(self.cost[index] for index in measured))
+        self.cost = [measured.get(index, int(cost * ratio)) for index, cost in enumerate(self.cost)]
+        self.rest_kept = rest - sum(measured.values())
 
 
 @dataclass(eq=False)
 class _Pass:
-    """One forward pass. What is recomputed of it holds it, so that it is gone when its backward pass is over."""
+    """One forward pass. Its graph holds it; `is_over` when its backward pass has been."""
 
     size: Size
-    kept: int
+    input_bytes: int
+    value_bytes: int
+    kept: int = 0
     held: int = 0
-    input_bytes: int = 0
     profile: Profile | None = None
     is_measured: bool = False
+    is_over: bool = False
     cost: dict[int, int] = field(default_factory=dict)
-    recomputed: set[int] = field(default_factory=set)
-
-
-class _Recomputation(AbstractContextManager[None]):
-    """Surrounds the recomputation of a layer, as often as that happens, and measures what it leaves allocated."""
-
-    def __init__(self, budget: MemoryBudget, of: _Pass, index: int) -> None:
-        self._budget, self._pass, self._index = budget, of, index
-        self._before = 0
-
-    def __enter__(self) -> None:
-        if self._pass.is_measured:
-            self._before = self._budget.held()
-
-    def __exit__(self, *args: object) -> None:
-        if self._pass.is_measured:
-            self._budget.recomputed(self._pass, self._index, self._budget.held() - self._before)
 
 
 class MemoryBudget:
@@ -167,8 +154,8 @@ class MemoryBudget:
 
     Args:
         num_bytes: what the allocator may hold at most.
-        num_layers: layers, which are called in the order of their indices.
-        checkpoint: of a layer that is recomputed: (function, *args, context_fn=...) as torch's.
+        layers: the layers, which are called in this order.
+        checkpoint: calls a layer that is recomputed: (function, *args).
         moves_inputs: it moves the layer's input to the host, so that keeping the layer keeps that as well.
         make_meter: of a device; None keeps nothing, for lack of a meter.
         tell: is given a line for each plan.
@@ -177,49 +164,35 @@ class MemoryBudget:
     def __init__(
         self,
         num_bytes: int,
-        num_layers: int,
+        layers: list[nn.Module],
         checkpoint: Callable[..., Any],
         *,
         moves_inputs: bool = False,
         make_meter: Callable[[torch.device], Meter | None] = cuda_meter,
         tell: Callable[[str], None] | None = None,
     ) -> None:
-        self.num_bytes, self.num_layers = num_bytes, num_layers
+        self.num_bytes, self.num_layers = num_bytes, len(layers)
+        self._widths = [_width(layer) for layer in layers]
         self._checkpoint, self._moves_inputs = checkpoint, moves_inputs
         self._make_meter, self._tell = make_meter, tell or _tell
+        self._start()
+
+    def _start(self) -> None:
         self._meters: dict[torch.device, Meter | None] = {}
         self._meter: Meter | None = None
         self._profiles: list[Profile] = []
         self._pass: _Pass | None = None
-        self._open: weakref.WeakSet[_Pass] = weakref.WeakSet()
-        self._last_index = num_layers
+        self._begun: weakref.WeakSet[_Pass] = weakref.WeakSet()
+        self._last_index = self.num_layers
         self._is_nested = False
         self._told: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemoryBudget:
         """A copy of a model measures for itself."""
-        return MemoryBudget(
-            self.num_bytes,
-            self.num_layers,
-            copy.deepcopy(self._checkpoint, memo),
-            moves_inputs=self._moves_inputs,
-            make_meter=self._make_meter,
-            tell=self._tell,
-        )
-
-    def run(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
-        """function(*args) of a layer, kept or to be recomputed."""
-        if torch.compiler.is_compiling():
-            return self._checkpoint(function, *args)
-        if self._pass is None or index <= self._last_index:
-            self._pass = None  # lets go of the one before
-            self._pass = self._begin(args[0])
-        self._last_index = index
-        current = self._pass
-        if index >= self.num_layers - current.kept:
-            return self._keep(current, index, function, *args)
-        context = _Recomputation(self, current, index)
-        return self._checkpoint(function, *args, context_fn=lambda: (nullcontext(), context))
+        copied = copy.copy(self)
+        copied._checkpoint = copy.deepcopy(self._checkpoint, memo)
+        copied._start()
+        return copied
 
     @property
     def num_kept(self) -> int:
@@ -230,73 +203,88 @@ class MemoryBudget:
         """Starts as before the first batch."""
         self._profiles.clear()
 
-    def held(self) -> int:
-        return 0 if self._meter is None else self._meter.held()
+    def run(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
+        """function(*args) of a layer, kept or to be recomputed."""
+        if torch.compiler.is_compiling():
+            return self._checkpoint(function, *args)
+        if self._pass is None or index <= self._last_index:
+            self._pass = None  # lets go of the one before
+            self._pass = self._begin(args[0])
+        self._last_index = index
+        current = self._pass
+        if index < self.num_layers - current.kept:
+            result = self._checkpoint(function, *args)
+        else:
+            result = self._keep(current, index, function, *args)
+        if index == self.num_layers - 1:
+            self._watch(current, result)
+        return result
 
     def _begin(self, hidden: Tensor) -> _Pass:
         if hidden.device not in self._meters:
             self._meters[hidden.device] = self._make_meter(hidden.device)
         self._meter = self._meters[hidden.device]
-        size = Size.of(hidden)
-        if len(self._open) and not self._is_nested:
+        if not self._is_nested and any(not each.is_over for each in self._begun):
             self._is_nested = True
             self._say("all layers recomputed, for there are several forward passes before a backward pass")
-        current = _Pass(size, 0, input_bytes=_first_bytes(hidden))
+        current = _Pass(Size.of(hidden), _first_bytes(hidden), hidden.element_size())
         if self._meter is not None and not self._is_nested:
             self._plan(current, self._meter)
-        self._open.add(current)
+        self._begun.add(current)
         return current
 
     def _plan(self, current: _Pass, meter: Meter) -> None:
         current.held = meter.held()
         covering = [profile for profile in self._profiles if profile.size.covers(current.size)]
-        if covering:
+        if not covering:
+            current.is_measured = True
+        else:
             profile = min(covering, key=lambda each: each.size.tokens)
-            room = (1 - MARGIN) * self.num_bytes
             current.profile = profile
-            current.kept = profile.most(current.held, room, current.size.tokens)
+            current.kept = profile.most(current.held, self._room, current.size.tokens)
             if profile.size == current.size:
                 self._say_plan(current, profile)
-        profile_is_final = current.profile is not None and (
-            current.profile.is_final or current.profile.size != current.size
-        )
-        current.is_measured = not profile_is_final and current.kept < self.num_layers
+                current.is_measured = profile.rounds < _ROUNDS
         if current.is_measured:
             meter.restart()
 
+    @property
+    def _room(self) -> float:
+        return (1 - MARGIN) * self.num_bytes
+
     def _keep(self, current: _Pass, index: int, function: Callable[..., Any], *args: Any) -> Any:
-        if not current.is_measured:
+        if not current.is_measured or self._meter is None:
             return function(*args)
-        before = self.held()
+        before = self._meter.held()
         result = function(*args)
-        cost = self.held() - before - _first_bytes(result)  # a recomputed layer has its result too
-        current.cost[index] = cost + (_first_bytes(args) if self._moves_inputs else 0)
+        cost = self._meter.held() - before - _first_bytes(result)  # a recomputed layer has its result too
+        current.cost[index] = cost + (current.input_bytes if self._moves_inputs else 0)
         return result
 
-    def recomputed(self, current: _Pass, index: int, left: int) -> None:
-        """A layer of a measured pass was recomputed, which left so many bytes allocated."""
-        if not current.recomputed:
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish(current))
-        if index not in current.recomputed:
-            current.recomputed.add(index)
-            moved = current.input_bytes if self._moves_inputs else 0
-            current.cost[index] = left + moved
+    def _watch(self, current: _Pass, result: Any) -> None:
+        """Has `_finish` called when the backward pass is over."""
+        hidden = result[0] if isinstance(result, tuple) else result
+        if isinstance(hidden, Tensor) and hidden.requires_grad:
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            hidden.register_hook(lambda _: queue(lambda: self._finish(current)))
 
     def _finish(self, current: _Pass) -> None:
-        """A measured backward pass is over."""
-        if len(current.cost) < self.num_layers or self._meter is None or not current.is_measured:
-            return  # not all layers were in it
+        current.is_over = True
+        if not current.is_measured or self._meter is None:
+            return
         current.is_measured = False
         rest = self._meter.peak() - current.held
-        cost = [current.cost[index] for index in range(self.num_layers)]
         profile = current.profile
         if profile is None:
-            kept = [each for each in self._profiles if not current.size.covers(each.size)]
-            self._profiles = [*kept, Profile(current.size, cost, rest, rest)]
+            values = [3 * each * current.size.tokens // 2 for each in self._widths]
+            cost = [max(_LEAST * current.input_bytes, each * current.value_bytes) for each in values]
+            smaller = [each for each in self._profiles if current.size.covers(each.size)]
+            self._profiles = [each for each in self._profiles if each not in smaller]
+            self._profiles.append(Profile(current.size, cost, rest, rest))
             return
-        profile.refine(cost, rest, current.kept)
-        room = (1 - MARGIN) * self.num_bytes
-        profile.is_final = profile.most(current.held, room, current.size.tokens) == current.kept
+        profile.refine(current.cost, rest)
+        if profile.most(current.held, self._room, current.size.tokens) == current.kept:
+            profile.rounds = _ROUNDS
 
     def _say_plan(self, current: _Pass, profile: Profile) -> None:
         peak = profile.peak(current.held, current.kept, current.size.tokens)
@@ -309,6 +297,16 @@ class MemoryBudget:
         if text != self._told:
             self._told = text
             self._tell(f"memory budget: {text}")
+
+
+def _width(layer: nn.Module) -> int:
+    """Values a token in a layer's products, operands and results."""
+    products = [
+        module
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in name
+    ]
+    return sum(module.in_features + module.out_features for module in products)
 
 
 def _first_bytes(values: Any) -> int:
