@@ -16,13 +16,13 @@ pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 sys.path.insert(0, str(Path(__file__).parent / "integrations"))
 
-from lora_models import fill_adapters, pair, tokens  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from lora_models import fill_adapters, pair, tokens
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-import qlora  # noqa: E402
-from assertions import assert_same_tensors  # noqa: E402
-from qlora.checkpointing import OffloadedCheckpoint  # noqa: E402
+import qlora
+from assertions import assert_same_tensors
+from qlora.checkpointing import OffloadedCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6.*:FutureWarning")
 
@@ -83,7 +83,7 @@ def gradients(parts: list[Layer], run: Any, hidden: Tensor, extra: Any = None) -
         part.zero_grad()
     torch.manual_seed(1)
     for part in parts:
-        function = lambda x, part=part: part(x, extra=extra)  # noqa: E731
+        function = lambda x, part=part: part(x, extra=extra)
         hidden, inner = function(hidden) if run is None else run(function, hidden)
     (hidden.sum() + inner.pow(2).sum()).backward()
     return [parameter.grad.clone() for part in parts for parameter in part.parameters()]

@@ -13,9 +13,9 @@ pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 sys.path.insert(0, str(Path(__file__).parent / "integrations"))
 
-from lora_models import pair, tiny_model, tokens  # noqa: E402
+from lora_models import pair, tiny_model, tokens
 
-import qlora  # noqa: E402
+import qlora
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6.*:FutureWarning")
 

@@ -67,11 +67,11 @@ class _PinnedCopies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._free: list[Tensor] = []  # blocks; as many as were ever in use at one time
 
     def send(self, value: Tensor) -> tuple[list[Tensor], _Running]:
-        parts = value.view(-1).view(torch.uint8).split(BLOCK)
+        parts = torch.split(value.view(-1).view(torch.uint8), BLOCK)
         blocks = [self._block() for _ in parts]
         return blocks, self._copy(
             [(block[: len(part)], part) for block, part in zip(blocks, parts, strict=True)]
@@ -79,7 +79,7 @@ class _PinnedCopies:
 
     def fetch(self, place: list[Tensor], shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, _Running]:
         value = torch.empty(shape, dtype=dtype, device=self._device)
-        parts = value.view(-1).view(torch.uint8).split(BLOCK)
+        parts = torch.split(value.view(-1).view(torch.uint8), BLOCK)
         return value, self._copy(
             [(part, block[: len(part)]) for block, part in zip(place, parts, strict=True)]
         )

@@ -55,8 +55,7 @@ class _HostTable:
     def __init__(self, host: Tensor) -> None:
         self._host = host
         address, size = host.data_ptr(), host.numel() * host.element_size()
-        runtime = torch.cuda.cudart()
-        status = int(runtime.cudaHostRegister(address, size, 0))
+        status = int(_runtime().cudaHostRegister(address, size, 0))
         if status != 0:
             raise RuntimeError(
                 f"qlora.prepare: embedding_offload: expected {size / 1e9:.2f} GB of host memory that can be page-locked, "
@@ -75,7 +74,11 @@ class _HostTable:
 def _unlock(address: int) -> None:
     _HostTable.addresses.discard(address)
     torch.cuda.synchronize()  # a kernel may still be reading
-    torch.cuda.cudart().cudaHostUnregister(address)
+    _runtime().cudaHostUnregister(address)
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _on_device(host: Tensor, device: torch.device) -> Tensor:

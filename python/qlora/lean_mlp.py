@@ -65,7 +65,7 @@ class LeanMlps:
         for layer in layers:
             for part in layer.children():
                 if _is_gated(part):
-                    part.forward = partial(_forward, part)  # type: ignore[method-assign]
+                    part.forward = partial(_forward, part)
 
     def within(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A layer's function as the checkpoint is to call it."""
@@ -138,7 +138,7 @@ class _LeanMlp(torch.autograd.Function):
             towards_x.append(towards)
             if gradients is None:
                 gradients = found
-            else:
+            elif gradients:
                 torch._foreach_add_(gradients, found)
         dx = (towards_x[0] if len(towards_x) == 1 else torch.cat(towards_x)).view(x.shape)
         return dx, None, None, None, *(gradients or [])

@@ -31,7 +31,7 @@ __all__ = ["MemoryBudget", "parse_bytes"]
 
 MARGIN = 0.02  # of the budget, left free
 _ROUNDS = 4  # of measuring a size, at most
-_LEAST = 32  # least times a layer's input that keeping it is guessed to cost
+_LEAST = 16  # least times a layer's input that keeping it is guessed to cost
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 logger = logging.getLogger("qlora")
@@ -266,7 +266,7 @@ class MemoryBudget:
         hidden = result[0] if isinstance(result, tuple) else result
         if isinstance(hidden, Tensor) and hidden.requires_grad:
             queue = torch.autograd.Variable._execution_engine.queue_callback
-            hidden.register_hook(lambda _: queue(lambda: self._finish(current)))
+            hidden.register_hook(lambda _: queue(lambda: self._finish(current)))  # type: ignore[no-untyped-call]
 
     def _finish(self, current: _Pass) -> None:
         current.is_over = True
