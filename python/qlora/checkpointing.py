@@ -163,15 +163,16 @@ class OffloadedCheckpoint:
 
     Args:
         make_copies: of a device; None leaves its tensors where they are.
-        min_bytes: the smallest tensor that is moved.
+        min_bytes: the smallest tensor that is moved; None is MIN_BYTES.
     """
 
     def __init__(
         self,
         make_copies: Callable[[torch.device], Copies | None] = pinned_copies,
-        min_bytes: int = MIN_BYTES,
+        min_bytes: int | None = None,
     ) -> None:
-        self._make_copies, self._min_bytes = make_copies, min_bytes
+        self._make_copies = make_copies
+        self._min_bytes = MIN_BYTES if min_bytes is None else min_bytes
         self._copies: dict[torch.device, Copies | None] = {}
         self._last: weakref.ref[_Parked] | None = None
 

@@ -56,21 +56,7 @@ def prepare(
         ValueError: gradient_checkpointing is asked of a model that has none, an argument is not as said, or the
             embeddings cannot be offloaded.
     """
-    if gradient_checkpointing not in (True, False, "offload"):
-        raise ValueError(
-            "qlora.prepare: gradient_checkpointing: expected True, False or 'offload', got "
-            f"{gradient_checkpointing!r}"
-        )
-    if use_reentrant and (gradient_checkpointing == "offload" or memory_budget is not None):
-        raise ValueError(
-            "qlora.prepare: use_reentrant: expected False with gradient_checkpointing='offload' or a memory budget, "
-            "got True"
-        )
-    num_bytes = None if memory_budget is None else parse_bytes(memory_budget)
-    if num_bytes is not None and not gradient_checkpointing:
-        raise ValueError(
-            f"qlora.prepare: memory_budget: expected None without gradient_checkpointing, got {memory_budget!r}"
-        )
+    num_bytes = check_checkpointing(gradient_checkpointing, memory_budget, use_reentrant)
     base = _base_model(model)
     if base is model and not _has_adapters(model):
         model.requires_grad_(False)
@@ -92,6 +78,32 @@ def prepare(
     if low_memory_loss:
         _use_low_memory_loss(base)
     return model
+
+
+def check_checkpointing(
+    gradient_checkpointing: bool | str, memory_budget: float | str | None, use_reentrant: bool = False
+) -> int | None:
+    """The budget in bytes, of arguments that go together.
+
+    Raises:
+        ValueError: one of them is not as `prepare` says, or not with the others.
+    """
+    if gradient_checkpointing not in (True, False, "offload"):
+        raise ValueError(
+            "qlora.prepare: gradient_checkpointing: expected True, False or 'offload', got "
+            f"{gradient_checkpointing!r}"
+        )
+    if use_reentrant and (gradient_checkpointing == "offload" or memory_budget is not None):
+        raise ValueError(
+            "qlora.prepare: use_reentrant: expected False with gradient_checkpointing='offload' or a memory budget, "
+            "got True"
+        )
+    num_bytes = None if memory_budget is None else parse_bytes(memory_budget)
+    if num_bytes is not None and not gradient_checkpointing:
+        raise ValueError(
+            f"qlora.prepare: memory_budget: expected None without gradient_checkpointing, got {memory_budget!r}"
+        )
+    return num_bytes
 
 
 def _base_model(model: nn.Module) -> Any:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from ..config import COMPUTE_DTYPES, QuantConfig, dtype_name
-from ..memory_budget import parse_bytes
+from ..preparation import check_checkpointing
 from . import fake, search
 from .attention import CountedLabels, cuda_attention_kernels, unpacked_batches
 from .layers import TimelineMeter
@@ -287,13 +287,14 @@ def build(
 ) -> FakeTraining:
     """The model of a configuration, ready for fake steps."""
     model = fake.meta_model(config, dtype, quant_config, trust_remote_code=trust_remote_code)
-    meter = None if memory_budget is None else TimelineMeter(CUBLAS)
+    num_bytes = check_checkpointing(gradient_checkpointing, memory_budget)
+    meter = None if num_bytes is None else TimelineMeter(CUBLAS)
     adapted = fake.trainable(
         model,
         r=r,
         targets=targets,
         gradient_checkpointing=gradient_checkpointing,
-        memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
+        memory_budget=num_bytes,
         embedding_offload=embedding_offload,
         meter=meter,
     )
