@@ -22,10 +22,10 @@ from .lazy_logits import LazyLogits
 
 __all__ = ["causal_lm_loss", "cross_entropy", "linear_cross_entropy"]
 
-# Values of one float32 chunk, of which two are live at a time: 128 MiB each, 261 rows of a 128 k vocabulary. A guess
+# Values of one float32 chunk, of which two are live at a time: 32 MiB each, 65 rows of a 128 k vocabulary. A guess
 # that keeps the kernels long against their launches, not a measured optimum.
-CHUNK_VALUES = 1 << 25
-# The head's weight is read again for every chunk, so these are wider.
+CHUNK_VALUES = 1 << 23
+# The head's weight is read again for every product, so its chunks are wider: 523 rows, 128 MiB of 16-bit logits.
 HEAD_CHUNK_VALUES = 1 << 26
 
 
@@ -86,15 +86,24 @@ def _head_loss(
 ) -> Tensor:
     """Sum of the losses of a chunk; the gradient towards hidden goes to `gradients`.
 
-    A function of its own: its logits and probabilities are gone when those of the next chunk are made.
+    A function of its own: its logits are gone when those of the next chunk are made.
     """
     logits = F.linear(hidden, weight, bias)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    step = _rows_per_chunk(weight.shape[0], CHUNK_VALUES)
+    for rows, wanted in zip(torch.split(logits, step), torch.split(targets, step), strict=True):
+        total += _softmax_loss(rows, wanted, is_overwritten=gradients is not None)
+    if gradients is not None:
+        torch.mm(logits, weight, out=gradients)
+    return total
+
+
+def _softmax_loss(logits: Tensor, targets: Tensor, *, is_overwritten: bool) -> Tensor:
+    """Sum of the losses of a few rows; where asked for, their gradient takes the place of the logits."""
     log_probabilities = _log_probabilities(logits)
     total = _losses(log_probabilities, targets).sum()
-    if gradients is not None:
-        # The logits of the chunk are done with: their memory takes the gradient in their dtype.
+    if is_overwritten:
         logits.copy_(_logit_gradients(log_probabilities, targets))
-        torch.mm(logits, weight, out=gradients)
     return total
 
 

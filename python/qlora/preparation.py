@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
+from .checkpointing import layer_checkpoints, use_checkpoints
+from .embedding_offload import offload_embeddings
 from .lazy_logits import LazyHead
+from .lean_mlp import LeanMlps
 from .loss import causal_lm_loss
+from .memory_budget import parse_bytes
 from .regional_compile import compile_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -15,8 +20,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def prepare(
     model: Model,
-    gradient_checkpointing: bool = True,
+    gradient_checkpointing: bool | Literal["offload"] = True,
     *,
+    memory_budget: float | str | None = None,
+    embedding_offload: bool = False,
     use_reentrant: bool = False,
     low_memory_loss: bool = True,
     compile: bool = False,
@@ -36,6 +43,12 @@ def prepare(
     Args:
         model: a transformers model, quantised or not, or a PeftModel around one.
         gradient_checkpointing: recompute the layers' activations in backward: a third more time, far less memory.
+            "offload" also keeps the layers' inputs in pinned host memory meanwhile (`qlora.checkpointing`); it costs next
+            to no time on a GPU, and is True on a CPU.
+        memory_budget: bytes of a GPU, or "24GB": only as many layers are recomputed as needed for torch to allocate no
+            more (`qlora.memory_budget`).
+        embedding_offload: keeps frozen input embeddings in host memory, from where a GPU reads the rows of a batch
+            (`qlora.embedding_offload`). The model is to be on its GPU.
         use_reentrant: the older kind of checkpointing (DeepSpeed ZeRO-3 with PEFT needs it).
         low_memory_loss: the last point above; models whose loss is not the plain next-token one keep theirs.
         compile: compile the decoder layers for training steps (`qlora.regional_compile`): the first step takes a minute
@@ -45,19 +58,59 @@ def prepare(
         The same model.
 
     Raises:
-        ValueError: gradient_checkpointing is asked of a model that has none, or compile of one without equal layers.
+        ValueError: gradient_checkpointing is asked of a model that has none, compile of one without equal layers, an
+            argument is not as said, or the embeddings cannot be offloaded.
     """
+    num_bytes = check_checkpointing(gradient_checkpointing, memory_budget, use_reentrant)
     base = _base_model(model)
     if base is model and not _has_adapters(model):
         model.requires_grad_(False)
     _set_use_cache(base, not (gradient_checkpointing or compile))
     if gradient_checkpointing:
         _enable_checkpointing(base, use_reentrant)
+        if gradient_checkpointing == "offload" or num_bytes is not None:
+            use_checkpoints(
+                base,
+                partial(
+                    layer_checkpoints,
+                    is_offloaded=gradient_checkpointing == "offload",
+                    num_bytes=num_bytes,
+                    lean=LeanMlps(),
+                ),
+            )
+    if embedding_offload:
+        offload_embeddings(base)
     if low_memory_loss:
         _use_low_memory_loss(base)
     if compile:
         compile_layers(base)
     return model
+
+
+def check_checkpointing(
+    gradient_checkpointing: bool | str, memory_budget: float | str | None, use_reentrant: bool = False
+) -> int | None:
+    """The budget in bytes, of arguments that go together.
+
+    Raises:
+        ValueError: one of them is not as `prepare` says, or not with the others.
+    """
+    if gradient_checkpointing not in (True, False, "offload"):
+        raise ValueError(
+            "qlora.prepare: gradient_checkpointing: expected True, False or 'offload', got "
+            f"{gradient_checkpointing!r}"
+        )
+    if use_reentrant and (gradient_checkpointing == "offload" or memory_budget is not None):
+        raise ValueError(
+            "qlora.prepare: use_reentrant: expected False with gradient_checkpointing='offload' or a memory budget, "
+            "got True"
+        )
+    num_bytes = None if memory_budget is None else parse_bytes(memory_budget)
+    if num_bytes is not None and not gradient_checkpointing:
+        raise ValueError(
+            f"qlora.prepare: memory_budget: expected None without gradient_checkpointing, got {memory_budget!r}"
+        )
+    return num_bytes
 
 
 def _base_model(model: nn.Module) -> Any:

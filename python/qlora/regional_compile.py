@@ -138,7 +138,10 @@ class Region:
                 return self._run(layer, *args, **kwargs)
             if _is_plain(checkpointing):
                 return self._run_with_checkpoint(layer, *args, **kwargs)
-            return checkpointing(functools.partial(self._run, layer, **kwargs), *args)
+            function: Any = functools.partial(self._run, layer, **kwargs)
+            # For functions that recompute the layer in the end (checkpointing.py): one graph that does.
+            function.checkpointed = functools.partial(self._run_with_checkpoint, layer, **kwargs)
+            return checkpointing(function, *args)
         except _failures() as error:  # raised while tracing: nothing has been computed
             self._switch_off(error)
         return self._run_as_before(checkpointing, layer, args, kwargs)

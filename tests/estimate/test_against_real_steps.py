@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qlora
+from qlora import checkpointing
 from qlora.estimate import fake
 from qlora.estimate.attention import CountedLabels, unpacked_batches
 from qlora.estimate.timeline import Block, Peak, Step, Timeline
@@ -28,7 +29,7 @@ def inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def prepared(name: str, device: str, is_checkpointed: bool, **settings: Any) -> Any:
+def prepared(name: str, device: str, is_checkpointed: bool | str, **settings: Any) -> Any:
     with torch.device(device):
         model = tiny_models.make_model(name, **settings)
     model = qlora.quantize_(model)
@@ -53,7 +54,7 @@ def real_peaks(name: str, is_checkpointed: bool, keeps_gradients: bool, **settin
     return peaks(model, inputs(), keeps_gradients=keeps_gradients)
 
 
-def fake_peaks(name: str, is_checkpointed: bool, keeps_gradients: bool, **settings: Any) -> list[Peak]:
+def fake_peaks(name: str, is_checkpointed: bool | str, keeps_gradients: bool, **settings: Any) -> list[Peak]:
     model = prepared(name, "meta", is_checkpointed, **settings)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake.materialise(model, mode)
@@ -87,6 +88,13 @@ def test_checkpoints_are_kept_one_a_layer() -> None:
     grown = many.terms["kept activations"] - few.terms["kept activations"]
     assert grown == 4 * BATCH * SEQ * 64 * 4
     assert many.terms["working memory of a layer"] == few.terms["working memory of a layer"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_offloaded_checkpoints_do_not_grow_with_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpointing, "MIN_BYTES", 1)
+    few, many = (fake_peaks("llama", "offload", False, num_hidden_layers=count)[1] for count in (3, 7))
+    assert many.terms["kept activations"] == few.terms["kept activations"]
 
 
 def test_a_storage_counts_once_in_whole_units_and_until_it_dies() -> None:

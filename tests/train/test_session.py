@@ -111,6 +111,12 @@ def test_written_arguments_repeat_the_run(finished: Path, tmp_path: Path) -> Non
     assert_same_adapter(output, finished)
 
 
+def test_memory_options_leave_the_result_as_it_is(inputs: Path, finished: Path, tmp_path: Path) -> None:
+    options = ["--checkpointing_offload=true", "--memory_budget=1GB", "--embedding_offload=true"]
+    assert tiny_run.run_in_process("train", *keys(inputs, tmp_path / "output"), *options) == 0
+    assert_same_adapter(tmp_path / "output", finished)
+
+
 def test_dry_run_writes_nothing(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tiny_run.run_in_process("train", *keys(inputs, tmp_path / "output"), "--dry-run") == 0
     assert not (tmp_path / "output").exists()

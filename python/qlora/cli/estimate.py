@@ -15,6 +15,7 @@ from typing import Any
 from qlora.cli.main import UsageError
 
 NAME = "estimate"
+CHECKPOINTING: dict[str, bool | str] = {"recompute": True, "offload": "offload", "none": False}
 HELP = "say what a training step needs of a GPU's memory (no GPU needed)"
 
 
@@ -41,7 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="bfloat16", help="of all that is not in 4 bits; default: %(default)s"
     )
-    parser.add_argument("--no-checkpointing", action="store_true", help="without gradient checkpointing")
+    parser.add_argument(
+        "--checkpointing",
+        choices=sorted(CHECKPOINTING),
+        default="recompute",
+        help="recompute layers, offload their inputs to the host as well, or none; default: %(default)s",
+    )
+    parser.add_argument(
+        "--memory-budget", metavar="SIZE", help="recompute only as many layers as such a budget needs: 24GB"
+    )
+    parser.add_argument(
+        "--embedding-offload", action="store_true", help="input embeddings are in host memory"
+    )
     parser.add_argument(
         "--accumulation",
         type=int,
@@ -76,7 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
             r=arguments.r,
             targets=targets,
             dtype=arguments.dtype,
-            gradient_checkpointing=not arguments.no_checkpointing,
+            gradient_checkpointing=CHECKPOINTING[arguments.checkpointing],
+            memory_budget=arguments.memory_budget,
+            embedding_offload=arguments.embedding_offload,
             gradient_accumulation=arguments.accumulation,
             autocast=arguments.autocast,
             padded=arguments.padded,
@@ -110,6 +124,8 @@ def print_estimate(found: Any) -> None:
     table.add_section()
     table.add_row("in all", f"{found.total / 1e9:.3f}")
     Console(width=100).print(table)
+    if found.num_recomputed is not None:
+        print(f"{found.num_recomputed} of {found.num_layers} layers recomputed")
     if found.gpu is None:
         return
     verdict = "fits" if found.fits else "does not fit"

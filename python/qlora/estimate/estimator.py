@@ -15,14 +15,17 @@ from torch._subclasses.fake_tensor import (
 )
 
 from ..config import COMPUTE_DTYPES, QuantConfig, dtype_name
+from ..preparation import check_checkpointing
 from . import fake, search
 from .attention import CountedLabels, cuda_attention_kernels, unpacked_batches
+from .layers import TimelineMeter
 from .terms import ADAPTERS, CUBLAS_WORKSPACE, MOVING, TERMS
 from .timeline import Peak, Step, Timeline
 from .workspace import CUBLAS, MIB, workspace_bytes
 
 GIB = 1 << 30
 CONTEXT = 600 * MIB  # assumed: CUDA context and loaded kernels; 0.4 to 0.6 GiB by driver and GPU
+_SETTLED = 4  # steps of a size until a memory budget has found its plan
 SLACK = 0.05  # assumed: what the allocator reserves beyond what is allocated, of all that comes and goes
 
 
@@ -41,6 +44,8 @@ class Estimate:
         longest_seq: longest sequence at this batch that fits the card, a multiple of search.STEP; 0 if none; None
             without gpu.
         largest_batch: the same of the batch at this length.
+        num_layers, num_recomputed: with a memory budget, the checkpointed layers and those that it has recomputed; else
+            None.
     """
 
     model: str
@@ -56,6 +61,8 @@ class Estimate:
     gpu: float | None = None
     longest_seq: int | None = None
     largest_batch: int | None = None
+    num_layers: int | None = None
+    num_recomputed: int | None = None
 
     @property
     def peak(self) -> int:
@@ -84,29 +91,51 @@ class FakeTraining:
         keeps_gradients: whether gradients of the batch before are there when the next one goes forward.
         autocast: dtype, or None for none.
         padded: whether the batch has padding.
+        meter: that of the model's memory budget, if it has one.
+        has_host_embeddings: whether the input embeddings are not on the GPU.
     """
 
     def __init__(
-        self, model: Any, *, keeps_gradients: bool, autocast: torch.dtype | None, padded: bool
+        self,
+        model: Any,
+        *,
+        keeps_gradients: bool,
+        autocast: torch.dtype | None,
+        padded: bool,
+        meter: TimelineMeter | None = None,
+        has_host_embeddings: bool = False,
     ) -> None:
         self.model, self.autocast, self.padded = model, autocast, padded
         self.keeps_gradients = keeps_gradients
+        self.meter, self.budget = meter, fake.budget_of(model)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         fake.materialise(model, self._mode)
-        held = list(fake.held_tensors(model))
+        table = model.get_input_embeddings().weight if has_host_embeddings else None
+        held = [(term, tensor) for term, tensor in fake.held_tensors(model) if tensor is not table]
         self._step = Step(model, held)
         self.model_bytes = bytes_of(tensor for term, tensor in held if term != ADAPTERS)
         self._peaks: dict[tuple[int, int], Peak] = {}
         self._run(1, 2)  # makes the optimizer's state
 
     def peak(self, batch: int, seq: int) -> Peak:
-        """The peak of a step."""
+        """The peak of a step; with a memory budget, of the first of its size, in which all layers are recomputed."""
         if (batch, seq) not in self._peaks:
+            if self.budget is not None:
+                self.budget.forget()
             self._peaks[batch, seq] = self._run(batch, seq).peak()
         return self._peaks[batch, seq]
 
+    def peak_within_budget(self, batch: int, seq: int) -> tuple[Peak, int]:
+        """The peak of a later step of the same size, and how many layers it recomputes."""
+        assert self.budget is not None
+        self.budget.forget()
+        peaks = [self._run(batch, seq).peak() for _ in range(_SETTLED)]
+        return peaks[-1], self.budget.num_layers - self.budget.num_kept
+
     def _run(self, batch: int, seq: int) -> Timeline:
         timeline = Timeline(workspace_bytes)
+        if self.meter is not None:
+            self.meter.timeline = timeline
         try:
             with (
                 warnings.catch_warnings(),
@@ -146,7 +175,9 @@ def estimate_memory(
     r: int = 16,
     targets: str | Sequence[str] = "all-linear",
     dtype: torch.dtype | str = "bfloat16",
-    gradient_checkpointing: bool = True,
+    gradient_checkpointing: bool | str = True,
+    memory_budget: float | str | None = None,
+    embedding_offload: bool = False,
     gradient_accumulation: int = 4,
     autocast: bool = False,
     padded: bool = False,
@@ -164,7 +195,8 @@ def estimate_memory(
         seq, batch: tokens of a sequence, at least 2, and sequences of a batch.
         r, targets: of the adapter, as in `qlora.add_lora`.
         dtype: of what is not in 4 bits and of the products.
-        gradient_checkpointing: as in `qlora.prepare`.
+        gradient_checkpointing, memory_budget, embedding_offload: as in `qlora.prepare`. With a budget longest_seq and
+            largest_batch are those of a step that recomputes all layers.
         gradient_accumulation: batches of an optimizer step; from 2 on gradients are there while a batch goes forward.
         autocast: run forward under torch.autocast of `dtype`, as TrainingArguments' bf16=True does.
         padded: the batch has padding, so that attention takes a mask.
@@ -193,6 +225,8 @@ def estimate_memory(
         targets=targets,
         dtype=getattr(torch, name),
         gradient_checkpointing=gradient_checkpointing,
+        memory_budget=memory_budget,
+        embedding_offload=embedding_offload,
         gradient_accumulation=gradient_accumulation,
         autocast=autocast,
         padded=padded,
@@ -201,10 +235,15 @@ def estimate_memory(
     )
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     result = _estimate(training, batch, seq)
+    if training.budget is not None:
+        peak, recomputed = training.peak_within_budget(batch, seq)
+        result = _of_peak(training, batch, seq, peak)
+        result.num_layers, result.num_recomputed = training.budget.num_layers, recomputed
     result.model = model if isinstance(model, str) else type(model).__name__
     result.settings = {
         "r": r, "targets": targets if isinstance(targets, str) else list(targets), "dtype": name,
-        "gradient_checkpointing": gradient_checkpointing, "gradient_accumulation": gradient_accumulation,
+        "gradient_checkpointing": gradient_checkpointing, "memory_budget": memory_budget,
+        "embedding_offload": embedding_offload, "gradient_accumulation": gradient_accumulation,
         "autocast": autocast, "padded": padded,
     }  # fmt: skip
     result.seq_limit = limit
@@ -237,26 +276,43 @@ def build(
     r: int,
     targets: str | Sequence[str],
     dtype: torch.dtype,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: bool | str,
     gradient_accumulation: int,
     autocast: bool,
     padded: bool,
     quant_config: QuantConfig,
+    memory_budget: float | str | None = None,
+    embedding_offload: bool = False,
     trust_remote_code: bool = False,
 ) -> FakeTraining:
     """The model of a configuration, ready for fake steps."""
     model = fake.meta_model(config, dtype, quant_config, trust_remote_code=trust_remote_code)
-    adapted = fake.trainable(model, r=r, targets=targets, gradient_checkpointing=gradient_checkpointing)
+    num_bytes = check_checkpointing(gradient_checkpointing, memory_budget)
+    meter = None if num_bytes is None else TimelineMeter(CUBLAS)
+    adapted = fake.trainable(
+        model,
+        r=r,
+        targets=targets,
+        gradient_checkpointing=gradient_checkpointing,
+        memory_budget=num_bytes,
+        embedding_offload=embedding_offload,
+        meter=meter,
+    )
     return FakeTraining(
         adapted,
         keeps_gradients=gradient_accumulation > 1,
         autocast=dtype if autocast else None,
         padded=padded,
+        meter=meter,
+        has_host_embeddings=embedding_offload,
     )
 
 
 def _estimate(training: FakeTraining, batch: int, seq: int) -> Estimate:
-    peak = training.peak(batch, seq)
+    return _of_peak(training, batch, seq, training.peak(batch, seq))
+
+
+def _of_peak(training: FakeTraining, batch: int, seq: int, peak: Peak) -> Estimate:
     found = peak.terms | {CUBLAS_WORKSPACE: CUBLAS}
     terms = {term: found.get(term, 0) for term in TERMS}
     moving = sum(terms[term] for term in MOVING)

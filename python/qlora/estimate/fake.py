@@ -10,22 +10,27 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..checkpointing import layer_checkpoints, use_checkpoints
 from ..config import QuantConfig
 from ..format import QUANT_TYPES, nested_quant_map
 from ..lazy_logits import LazyHead
+from ..lean_mlp import LeanMlps
 from ..lora import add_lora
+from ..memory_budget import MemoryBudget
 from ..nn.convert import quantize_
 from ..nn.group import unlink_groups
 from ..nn.module import Module4bit
 from ..nn.quant_state import code_tensor
 from ..nn.tensor import quantize_tensor
 from ..preparation import prepare
+from .layers import FakeCopies, TimelineMeter, no_line
 from .terms import ADAPTERS, NOT_QUANTISED, SCALES, WEIGHTS
 
 
@@ -77,11 +82,38 @@ def meta_model(
     return quantize_(model, quant_config)
 
 
-def trainable(model: Any, *, r: int, targets: str | Sequence[str], gradient_checkpointing: bool) -> nn.Module:
-    """The model with a LoRA adapter, prepared and in training mode, as `qlora train` leaves it."""
+def trainable(
+    model: Any,
+    *,
+    r: int,
+    targets: str | Sequence[str],
+    gradient_checkpointing: bool | str,
+    memory_budget: int | None = None,
+    embedding_offload: bool = False,
+    meter: TimelineMeter | None = None,
+) -> nn.Module:
+    """The model with a LoRA adapter, prepared and in training mode, as `qlora train` leaves it.
+
+    `meter` is what a memory budget goes by.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        prepared = prepare(model, gradient_checkpointing=gradient_checkpointing)
+        prepared = prepare(
+            model, gradient_checkpointing=bool(gradient_checkpointing), embedding_offload=embedding_offload
+        )
+        if gradient_checkpointing == "offload" or memory_budget is not None:
+            use_checkpoints(
+                prepared,
+                partial(
+                    layer_checkpoints,
+                    is_offloaded=gradient_checkpointing == "offload",
+                    num_bytes=memory_budget,
+                    lean=LeanMlps(),
+                    make_copies=lambda _: FakeCopies(),
+                    make_meter=lambda _: meter,
+                    tell=no_line,
+                ),
+            )
     with torch.device("meta"):
         adapted: nn.Module = add_lora(prepared, r=r, targets=targets)
     return adapted.train()
@@ -135,6 +167,13 @@ def _fill(module: Module4bit, mode: FakeTensorMode) -> None:
         )
         module.weight = nn.Parameter(packed, requires_grad=False)  # type: ignore[assignment]
     module.quant_state = state  # of the module: a Params4bit cannot hold a fake tensor
+
+
+def budget_of(model: Any) -> MemoryBudget | None:
+    """That which chooses among the model's layers."""
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
+    owners = (getattr(getattr(each, "func", None), "__self__", None) for each in functions)
+    return next((owner for owner in owners if isinstance(owner, MemoryBudget)), None)
 
 
 def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

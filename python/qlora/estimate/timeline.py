@@ -67,6 +67,8 @@ class Timeline(TorchDispatchMode):
         self._workspace = workspace
         self._known: dict[int, tuple[weakref.ref[Any], Block]] = {}
         self._events: list[tuple[int, Block, str]] = []
+        self.held = 0  # now
+        self.highest = 0  # since it was last set
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -74,7 +76,8 @@ class Timeline(TorchDispatchMode):
         size = 0 if self._workspace is None else self._workspace(func, args)
         if size:
             block = Block(_rounded(size), self.phase, WORKSPACE)
-            self._events += [(block.size, block, self.phase), (-block.size, block, self.phase)]
+            self._record(block.size, block)
+            self._record(-block.size, block)
         return result
 
     def hold(self, values: Iterable[Any], label: str | None = None) -> None:
@@ -99,11 +102,16 @@ class Timeline(TorchDispatchMode):
         def forget(_: Any) -> None:
             self._known.pop(key, None)
             block.died = self.phase
-            self._events.append((-size, block, self.phase))
+            self._record(-size, block)
 
         self._known[key] = entry = (weakref.ref(storage, forget), block)
-        self._events.append((size, block, self.phase))
+        self._record(size, block)
         return entry
+
+    def _record(self, change: int, block: Block) -> None:
+        self._events.append((change, block, self.phase))
+        self.held += change
+        self.highest = max(self.highest, self.held)
 
     def peak(self) -> Peak:
         """The highest point since the beginning."""

@@ -26,12 +26,14 @@ _linear_4bit_grad_input = torch.ops.qlora.linear_4bit_grad_input.default
 _lora_linear_4bit = torch.ops.qlora.lora_linear_4bit.default
 
 
-def linear(x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
-    """y = x W^T + bias: [..., k] -> [..., n] of x's dtype, in which bias [n] is."""
+def linear(
+    x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None, *, has_result: bool = True
+) -> Tensor:
+    """y = x W^T + bias: [..., k] -> [..., n] of x's dtype, in which bias [n] is; arbitrary without has_result."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _forward(x, weight, state, bias)
     if needs_gradient(x) or (bias is not None and needs_gradient(bias)):
-        result: Tensor = _Linear.apply(x, weight, state, bias)
+        result: Tensor = _Linear.apply(x, weight, state, bias, has_result)
         return result
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(x, weight, state, bias)
@@ -76,10 +78,13 @@ def lora_linear(
     b: Tensor,
     scaling: float,
     adapter_input: Tensor | None = None,
+    *,
+    has_result: bool = True,
 ) -> Tensor:
     """y = x W^T + bias + scaling (x' A^T) B^T: [..., k] -> [..., n] of x's dtype, in which bias [n] is.
 
-    a [r, k] and b [n, r] may be of another float dtype; x' is adapter_input, of x's shape and dtype, or else x.
+    a [r, k] and b [n, r] may be of another float dtype; x' is adapter_input, of x's shape and dtype, or else x. Without
+    has_result, which is for eager mode, y is arbitrary and only its backward pass is right.
     """
     is_transformed = torch._C._are_functorch_transforms_active()
     if is_transformed or not _is_served(a, b):
@@ -99,7 +104,7 @@ def lora_linear(
         b, scaling = b * scaling, 1.0
     if torch.compiler.is_compiling():
         return _lora_forward(x, weight, state, bias, a, b, scaling, adapter_input)[0]
-    fused: Tensor = _LoraLinear.apply(x, weight, state, bias, a, b, scaling, adapter_input)
+    fused: Tensor = _LoraLinear.apply(x, weight, state, bias, a, b, scaling, adapter_input, has_result)
     return fused
 
 
@@ -165,10 +170,27 @@ def _grad_input(grad: Tensor, weight: Tensor, state: QuantState) -> Tensor:
             return _linear_4bit_grad_input(*arguments)  # type: ignore[no-any-return]
 
 
+def _arbitrary(x: Tensor, state: QuantState) -> Tensor:
+    assert state.shape is not None
+    return x.new_empty((*x.shape[:-1], state.shape[0]))
+
+
+def _left(x: Tensor, a: Tensor, scaling: float) -> Tensor:
+    """scaling x A^T as `lora_linear_4bit` returns it."""
+    rows, rank = x.reshape(-1, x.shape[-1]), a.shape[0]
+    left = rows.new_zeros((len(rows), lora_ops.left_columns(rank)))
+    left[:, :rank] = torch.addmm(left[:, :rank], rows, a.to(x.dtype).t(), beta=0, alpha=scaling)
+    return left
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None, has_result: bool
+    ) -> Tensor:
         ctx.weight, ctx.state = weight, state
+        if not has_result:
+            return _arbitrary(x, state)
         with torch._C._AutoDispatchBelowAutograd():
             return _forward(x, weight, state, bias)
 
@@ -176,16 +198,21 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx = _grad_input(grad, ctx.weight, ctx.state) if ctx.needs_input_grad[0] else None
         dbias = grad.sum_to_size(grad.shape[-1:]) if ctx.needs_input_grad[3] else None
-        return dx, None, None, dbias
+        return dx, None, None, dbias, None
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *operands: Any) -> Tensor:
-        """Of the operands of `_lora_forward`."""
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """Of the operands of `_lora_forward`, and whether to compute the result."""
+        *operands, has_result = arguments
         x, ctx.weight, ctx.state, _, a, b, ctx.scaling, adapter_input = operands
         with torch._C._AutoDispatchBelowAutograd():
-            result, left = _lora_forward(*operands)
+            if has_result:
+                result, left = _lora_forward(*operands)
+            else:
+                result = _arbitrary(x, ctx.state)
+                left = _left(x if adapter_input is None else adapter_input, a, ctx.scaling)
         ctx.is_separate = adapter_input is not None
         ctx.save_for_backward(x if adapter_input is None else adapter_input, left, a, b)
         return result
@@ -193,7 +220,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, left, a, b = ctx.saved_tensors
-        needs_x, _, _, needs_bias, needs_a, needs_b, _, needs_adapter_input = ctx.needs_input_grad
+        needs_x, _, _, needs_bias, needs_a, needs_b, _, needs_adapter_input, _ = ctx.needs_input_grad
         state = ctx.state
         form = (state.shape, state.blocksize, state.quant_type)
         below = nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
@@ -203,4 +230,4 @@ class _LoraLinear(torch.autograd.Function):
             gradients = lora_ops.gradients_of(layer, grad, x, left, ctx.is_separate, needed)
             dbias = grad.sum_to_size(grad.shape[-1:]) if needs_bias else None
         dx, dadapter_input, da, db = gradients
-        return dx, None, None, dbias, da, db, None, dadapter_input
+        return dx, None, None, dbias, da, db, None, dadapter_input, None

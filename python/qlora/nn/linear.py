@@ -42,6 +42,8 @@ class Linear4bit(Module4bit, torch.nn.Linear):  # type: ignore[misc]  # weight i
     #: The group of the layers that share this one's input, and its index there (group.py).
     _group: tuple[Group, int] | None = None
 
+    has_result = True  # False while only the backward pass of a call counts (`qlora.lean_mlp`)
+
     def __init__(
         self,
         input_features: int,
@@ -78,7 +80,7 @@ class Linear4bit(Module4bit, torch.nn.Linear):  # type: ignore[misc]  # weight i
             product = group.product(index, self, x, state, bias)
             if product is not None:
                 return product
-        result = function.linear(x, self.weight, state, bias)
+        result = function.linear(x, self.weight, state, bias, has_result=self.has_result)
         return result if compute_dtype == result_dtype else result.to(result_dtype)
 
     def forward_with_lora(
@@ -92,7 +94,9 @@ class Linear4bit(Module4bit, torch.nn.Linear):  # type: ignore[misc]  # weight i
         x, state, bias = self._operands(input, compute_dtype)
         if adapter_input is not None:
             adapter_input = adapter_input.to(compute_dtype)
-        result = function.lora_linear(x, self.weight, state, bias, a, b, scaling, adapter_input)
+        result = function.lora_linear(
+            x, self.weight, state, bias, a, b, scaling, adapter_input, has_result=self.has_result
+        )
         return result if compute_dtype == result_dtype else result.to(result_dtype)
 
     def dtypes(self, input: Tensor) -> tuple[torch.dtype, torch.dtype]:

@@ -102,6 +102,17 @@ class QloraArguments:
     )
     use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised scaling."})
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
+    checkpointing_offload: bool = field(
+        default=False,
+        metadata={"help": "Gradient checkpointing whose checkpoints wait in host memory."},
+    )
+    memory_budget: str | None = field(
+        default=None,
+        metadata={"help": "GPU memory to use, as 24GB: only as many layers are recomputed as it needs."},
+    )
+    embedding_offload: bool = field(
+        default=False, metadata={"help": "Keep the frozen input embeddings in host memory."}
+    )
     dataset_name: str | None = field(
         default=None,
         metadata={

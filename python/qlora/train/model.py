@@ -77,7 +77,19 @@ def add_adapter(model: Any, arguments: QloraArguments) -> Any:
     from qlora.lora import add_lora
     from qlora.preparation import prepare
 
-    model = prepare(model, gradient_checkpointing=False)  # the trainer enables it where its arguments say so
+    # Plain checkpointing the trainer enables itself, where its arguments say so.
+    checkpointing: Any = arguments.memory_budget is not None
+    if arguments.checkpointing_offload:
+        checkpointing = "offload"
+    try:
+        model = prepare(
+            model,
+            checkpointing,
+            memory_budget=arguments.memory_budget,
+            embedding_offload=arguments.embedding_offload,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error).removeprefix("qlora.prepare: ")) from error
     targets = arguments.lora_target_modules
     extra: dict[str, Any] = {}
     if arguments.lora_modules_to_save is not None:

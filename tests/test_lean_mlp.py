@@ -1,0 +1,160 @@
+"""The lean feed-forward part: the same gradients, tile by tile, with less computed and less held."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("peft", reason="peft is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+sys.path.insert(0, str(Path(__file__).parent / "integrations"))
+
+from lora_models import fill_adapters, pair, tokens
+from torch import Tensor, nn
+
+import qlora
+from qlora.checkpointing import layer_checkpoints, use_checkpoints
+from qlora.estimate.timeline import Timeline
+from qlora.lean_mlp import LeanMlps
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6.*:FutureWarning")
+
+
+def adapted(base: Any, lean: LeanMlps | None, **lora: Any) -> Any:
+    base = qlora.prepare(base)
+    if lean is not None:
+        use_checkpoints(base, partial(layer_checkpoints, is_offloaded=False, lean=lean))
+    model = qlora.add_lora(base, r=4, **lora).train()
+    fill_adapters(model)
+    return model
+
+
+def gradients(model: Any, ids: Tensor | None = None, retain_graph: bool = False) -> dict[str, Tensor]:
+    ids = tokens() if ids is None else ids
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    if retain_graph:
+        loss.backward(retain_graph=True)
+        model.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], factor: int = 64) -> None:
+    assert found.keys() == wanted.keys()
+    for name, expected in wanted.items():
+        bound = factor * torch.finfo(torch.float32).eps * expected.abs().max()
+        assert (found[name] - expected).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("lora", [{}, {"targets": ["q_proj", "v_proj"]}, {"alpha": 9}], ids=str)
+@pytest.mark.parametrize("tile", [4096, 24, 7, 1])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_gradients_are_those_of_plain_checkpointing(kind: str, tile: int, lora: dict[str, Any]) -> None:
+    wanted = gradients(adapted(pair(kind)[0], None, **lora))
+    lean = LeanMlps(tile)
+    model = adapted(pair(kind)[0], lean, **lora)
+    for each in (model, copy.deepcopy(model)):
+        for retain_graph in (False, True):
+            assert_close(gradients(each, retain_graph=retain_graph), wanted)
+    assert lean.is_useful
+
+
+def test_each_part_is_computed_twice_and_the_last_product_once() -> None:
+    model = adapted(pair()[0], LeanMlps(8))
+    mlp = model.base_model.model.model.layers[0].mlp
+    activations: list[int] = []
+    mlp.act_fn.register_forward_hook(lambda _, __, result: activations.append(len(result)))
+    results: list[bool] = []
+    mlp.down_proj.register_forward_hook(
+        lambda module, *_: results.append(module.base_layer.has_result)  # type: ignore[union-attr]
+    )
+    gradients(model)
+    assert activations == [8, 8, 8] * 2
+    assert results == [True] * 3 + [False] * 3
+    assert mlp.down_proj.base_layer.has_result
+
+
+def test_a_model_with_a_norm_behind_it_goes_back_to_ordinary_recomputation() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    def gemma() -> Any:
+        torch.manual_seed(0)
+        config = Gemma2Config(
+            **dict(vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16),
+            **dict(num_attention_heads=4, num_key_value_heads=2),
+        )
+        return qlora.quantize_(Gemma2ForCausalLM(config))
+
+    wanted, lean = gradients(adapted(gemma(), None)), LeanMlps()
+    model = adapted(gemma(), lean)
+    assert_close(gradients(model), wanted, 256)
+    assert not lean.is_useful
+    assert_close(gradients(model), wanted, 256)
+
+
+def test_dropout_leaves_it_as_it_is() -> None:
+    lean = LeanMlps(8)
+    plain, model = (adapted(pair()[0], each, dropout=0.5) for each in (None, lean))
+    found = []
+    for each in (plain, model):
+        torch.manual_seed(5)
+        found.append(gradients(each))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
+
+
+def test_tiles_hold_less() -> None:
+    """Of six tensors as wide as the feed-forward part, a twentieth, and the narrow ones beside them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def peak(lean: LeanMlps | None) -> int:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            **dict(vocab_size=32, hidden_size=32, intermediate_size=512, num_hidden_layers=2),
+            **dict(num_attention_heads=2, num_key_value_heads=2),
+        )
+        model = adapted(qlora.quantize_(LlamaForCausalLM(config)), lean)
+        with Timeline() as timeline:
+            gradients(model, torch.arange(640).view(1, 640) % 32)
+        return timeline.peak().num_bytes
+
+    wide = 640 * 512 * 4
+    assert peak(None) > 6 * wide
+    assert peak(LeanMlps(32)) < 2 * wide
+
+
+def test_only_gated_parts_under_a_checkpoint_are_touched() -> None:
+    lean = LeanMlps()
+    other = nn.Module()
+    other.mlp = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    lean.take([other])
+    assert "forward" not in other.mlp.__dict__
+    model = adapted(pair()[0], lean)
+    with torch.no_grad():
+        found = model(input_ids=tokens()).logits
+    assert torch.equal(found, adapted(pair()[0], None)(input_ids=tokens()).logits)
+    model.get_base_model().gradient_checkpointing_disable()
+    assert_close(gradients(model), gradients(adapted(pair()[0], None)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [4096, 128])
+def test_gradients_on_a_gpu(tile: int) -> None:
+    """In bfloat16, where the adapter's product is rounded by another kernel and sums are split."""
+
+    def on_gpu(lean: LeanMlps | None) -> Any:
+        model = adapted(pair(dtype=torch.bfloat16)[0].to("cuda"), lean)
+        return model.to("cuda")
+
+    ids = tokens(4, 64).to("cuda")
+    wanted, found = gradients(on_gpu(None), ids), gradients(on_gpu(LeanMlps(tile)), ids)
+    for name, expected in wanted.items():
+        bound = 8 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+        assert (found[name] - expected).abs().max() <= bound, name
