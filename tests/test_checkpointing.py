@@ -313,13 +313,16 @@ def test_what_cannot_be_meant_is_refused(arguments: dict[str, Any], message: str
 # on a GPU
 
 
-def gpu_model(gradient_checkpointing: Any, num_layers: int = 6, **kwargs: Any) -> Any:
+def gpu_model(
+    gradient_checkpointing: Any, num_layers: int = 6, attention: str = "sdpa", **kwargs: Any
+) -> Any:
+    """With "eager" attention two steps are equal bit for bit; the backward pass of the other is not."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         **dict(vocab_size=512, hidden_size=1024, intermediate_size=2048, num_hidden_layers=num_layers),
-        **dict(num_attention_heads=8, num_key_value_heads=4),
+        **dict(num_attention_heads=8, num_key_value_heads=4, attn_implementation=attention),
     )
     with torch.device("cuda"):
         dense = LlamaForCausalLM(config).to(torch.bfloat16)
@@ -349,7 +352,7 @@ def test_gradients_on_a_gpu_are_bit_for_bit_those_of_plain_checkpointing() -> No
     """Over several steps and lengths, with blocks that are used again."""
     from qlora.checkpointing import layer_checkpoints, use_checkpoints
 
-    plain, model = gpu_model(True), gpu_model(True)
+    plain, model = gpu_model(True, attention="eager"), gpu_model(True, attention="eager")
     base = model.get_base_model()
     use_checkpoints(base, lambda layers: layer_checkpoints(layers, is_offloaded=True))
     for length in (2048, 1920, 2048, 1000):
@@ -385,7 +388,7 @@ def test_the_peak_does_not_grow_with_the_number_of_layers() -> None:
 
 @pytest.mark.gpu
 def test_a_step_on_another_stream_is_the_same() -> None:
-    model, ids = gpu_model("offload"), gpu_ids()
+    model, ids = gpu_model("offload", attention="eager"), gpu_ids()
     wanted, _ = gpu_step(model, ids)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -405,5 +408,5 @@ def test_an_error_on_a_gpu_frees_all_memory() -> None:
     handle = layer.mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("on purpose")))
     assert fails(lambda: losses_and_gradients(model, "cuda", ids=ids))
     handle.remove()
-    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.memory_allocated() <= before
     gpu_step(model, ids)
