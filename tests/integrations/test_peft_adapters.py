@@ -228,6 +228,9 @@ TUNERS = {
     "hira": lambda: peft.HiraConfig(r=4, target_modules=TARGETS),
     "loha": lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=TARGETS),
     "lokr": lambda: peft.LoKrConfig(r=4, alpha=8, target_modules=TARGETS),
+    "gralora": lambda: peft.GraloraConfig(r=8, gralora_k=2, target_modules=TARGETS),
+    "pvera": lambda: peft.PveraConfig(r=8, target_modules=["q_proj"]),
+    "waveft": lambda: peft.WaveFTConfig(n_frequency=40, scaling=20.0, target_modules=TARGETS),
     "fourierft": lambda: peft.FourierFTConfig(n_frequency=40, scaling=20.0, target_modules=TARGETS),
 }
 #: These reach the weight through PEFT's quantisation backends.
@@ -244,15 +247,15 @@ def tuned(base: Any, settings: Any, names: tuple[str, ...] = ("default",)) -> An
     for name, parameter in sorted(model.named_parameters()):
         if any(f".{adapter}" in name for adapter in names) and "base_layer" not in name:
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    return model
+    return model.eval()  # PVeRA samples in training
 
 
 def needs(tuner: str) -> None:
     """Skips where the installed peft is too old for the tuner over 4-bit layers."""
     if tuner in BY_BACKEND:
         pytest.importorskip("peft.utils.quantization_utils", reason="a peft with backends is not installed")
-    if tuner == "hira":
-        pytest.importorskip("peft.tuners.hira", reason="a peft with HiRA is not installed")
+    else:
+        pytest.importorskip(f"peft.tuners.{tuner}", reason=f"a peft with {tuner} is not installed")
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
@@ -278,7 +281,7 @@ def test_another_tuner_trains_as_over_the_dense_weights(tuner: str) -> None:
 def test_another_tuner_merges_into_4_bits_and_unmerges_exactly(tuner: str, quant: dict[str, Any]) -> None:
     needs(tuner)
     # VeRA's and RandLoRA's adapters share their projections; PEFT trains one AdaLoRA at a time.
-    names = ("first",) if tuner in ("vera", "randlora", "adalora") else ("first", "second")
+    names = ("first",) if tuner in ("vera", "pvera", "randlora", "adalora") else ("first", "second")
     model = tuned(pair("qwen2", **quant)[0], TUNERS[tuner](), names)
     before, expected = packed_weights(model), logits(model)
     formats = {n: m.quant_state for n, m in model.named_modules() if isinstance(m, qlora.nn.Linear4bit)}
@@ -316,7 +319,7 @@ def test_what_another_tuner_merges_is_quantised_from_the_exact_merge(tuner: str)
             if merged.bias is not None:
                 assert_close_by_depth(module.bias, merged.bias)
             found += 1
-    assert found == (4 if tuner not in ("vera", "randlora") else 2)
+    assert found == (4 if tuner not in ("vera", "pvera", "randlora") else 2)
 
 
 @pytest.mark.parametrize("tuner", ["ia3", "road", "hira", "loha", "lokr", "fourierft"])

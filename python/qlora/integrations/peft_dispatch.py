@@ -85,7 +85,7 @@ def install_backend(quantization_utils: ModuleType) -> None:
 
 def install_merge(layers: ModuleType) -> None:
     """Lets adapters of one of PEFT's tuners merge into our layers; called with the tuner's module `layer`."""
-    for cls in _classes_to_install(layers, "Linear", "SVDLinear", "FourierFTLinear"):
+    for cls in _classes_to_install(layers, "Linear", "SVDLinear", "FourierFTLinear", "WaveFTLinear"):
         _wrap(cls, _peft_merge, "merge", "unmerge")
 
 

@@ -1,5 +1,4 @@
-"""Merging for PEFT's tuners that compute on the base layer's weight itself: IA3, AdaLoRA, RandLoRA, RoAd, HiRA,
-LoHa, LoKr, FourierFT.
+"""Merging for PEFT's tuners that compute on the base layer's weight itself, IA3, AdaLoRA and RandLoRA among them.
 
 PEFT's own `merge` runs, unchanged, against a float32 stand-in that holds the weight from before the first merge. What it
 leaves there is quantised into the base layer, once for all merged adapters, with the block size, code and dtype it had.
