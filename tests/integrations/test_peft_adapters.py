@@ -230,6 +230,7 @@ TUNERS = {
     "lokr": lambda: peft.LoKrConfig(r=4, alpha=8, target_modules=TARGETS),
     "gralora": lambda: peft.GraloraConfig(r=8, gralora_k=2, target_modules=TARGETS),
     "pvera": lambda: peft.PveraConfig(r=8, target_modules=["q_proj"]),
+    "unilora": lambda: peft.UniLoraConfig(r=4, theta_d_length=64, target_modules=TARGETS),
     "waveft": lambda: peft.WaveFTConfig(n_frequency=40, scaling=20.0, target_modules=TARGETS),
     "fourierft": lambda: peft.FourierFTConfig(n_frequency=40, scaling=20.0, target_modules=TARGETS),
 }
@@ -322,7 +323,7 @@ def test_what_another_tuner_merges_is_quantised_from_the_exact_merge(tuner: str)
     assert found == (4 if tuner not in ("vera", "pvera", "randlora") else 2)
 
 
-@pytest.mark.parametrize("tuner", ["ia3", "road", "hira", "loha", "lokr", "fourierft"])
+@pytest.mark.parametrize("tuner", ["ia3", "road", "hira", "loha", "lokr", "gralora", "waveft", "fourierft"])
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 def test_adapters_of_another_tuner_merged_one_after_the_other_are_quantised_once(tuner: str) -> None:
     needs(tuner)

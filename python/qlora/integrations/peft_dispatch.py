@@ -93,7 +93,13 @@ def install_lycoris(layers: ModuleType) -> None:
     """LoHa and LoKr."""
     for cls in _classes_to_install(layers, "Linear"):
         _wrap(cls, _peft_merge, "merge", "unmerge")
-        _wrap(cls, _peft_lycoris, "update_layer", "get_delta_weight")
+        _wrap(cls, _peft_shape, "update_layer", "get_delta_weight")
+
+
+def install_unilora(layers: ModuleType) -> None:
+    for cls in _classes_to_install(layers, "Linear"):
+        _wrap(cls, _peft_merge, "merge", "unmerge")
+        _wrap(cls, _peft_shape, "update_scaling")
 
 
 def install_hira(layers: ModuleType) -> None:
@@ -133,10 +139,10 @@ def _peft_merge() -> ModuleType:
     return peft_merge
 
 
-def _peft_lycoris() -> ModuleType:
-    from . import peft_lycoris
+def _peft_shape() -> ModuleType:
+    from . import peft_shape
 
-    return peft_lycoris
+    return peft_shape
 
 
 def _peft_hira() -> ModuleType:

@@ -1,4 +1,4 @@
-"""LoHa and LoKr over a 4-bit weight: they ask it for its shape, and the parameter has that of the packed bytes."""
+"""LoHa, LoKr and UniLoRA over a 4-bit weight: they ask it for its shape or dtype, and the parameter has those of bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .peft_weight import standing_in
 
 
 def update_layer(layer: Any, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """`original`, a PEFT layer's own `update_layer`, which makes an adapter, for any base layer."""
+    """`original`, a PEFT layer's own method that makes an adapter or a part of it, for any base layer."""
     base = layer.get_base_layer()
     if not isinstance(base, Linear4bit):
         original(layer, *args, **kwargs)
@@ -22,6 +22,9 @@ def update_layer(layer: Any, original: Callable[..., None], *args: Any, **kwargs
     stand_in.weight = nn.Parameter(_without_memory(base), requires_grad=False)
     with standing_in(layer, stand_in):
         original(layer, *args, **kwargs)
+
+
+update_scaling = update_layer  # of UniLoRA, which makes its scales after the layer
 
 
 def get_delta_weight(layer: Any, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
