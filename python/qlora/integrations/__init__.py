@@ -21,8 +21,11 @@ _hooks_to_register = [
     ("peft.utils.quantization_utils", "peft_dispatch", "install_backend"),
     *(
         (f"peft.tuners.{tuner}.layer", "peft_dispatch", "install_merge")
-        for tuner in ("ia3", "adalora", "randlora", "road")
+        for tuner in ("ia3", "adalora", "randlora", "road", "fourierft", "gralora", "pvera", "waveft")
     ),
+    *((f"peft.tuners.{tuner}.layer", "peft_dispatch", "install_lycoris") for tuner in ("loha", "lokr")),
+    ("peft.tuners.unilora.layer", "peft_dispatch", "install_unilora"),
+    ("peft.tuners.hira.layer", "peft_dispatch", "install_hira"),
 ]
 
 

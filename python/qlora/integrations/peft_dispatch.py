@@ -13,6 +13,7 @@ import functools
 import inspect
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,35 +85,70 @@ def install_backend(quantization_utils: ModuleType) -> None:
 
 def install_merge(layers: ModuleType) -> None:
     """Lets adapters of one of PEFT's tuners merge into our layers; called with the tuner's module `layer`."""
-    for name in ("Linear", "SVDLinear"):
+    for cls in _classes_to_install(layers, "Linear", "SVDLinear", "FourierFTLinear", "WaveFTLinear"):
+        _wrap(cls, _peft_merge, "merge", "unmerge")
+
+
+def install_lycoris(layers: ModuleType) -> None:
+    """LoHa and LoKr."""
+    for cls in _classes_to_install(layers, "Linear"):
+        _wrap(cls, _peft_merge, "merge", "unmerge")
+        _wrap(cls, _peft_shape, "update_layer", "get_delta_weight")
+
+
+def install_unilora(layers: ModuleType) -> None:
+    for cls in _classes_to_install(layers, "Linear"):
+        _wrap(cls, _peft_merge, "merge", "unmerge")
+        _wrap(cls, _peft_shape, "update_scaling")
+
+
+def install_hira(layers: ModuleType) -> None:
+    for cls in _classes_to_install(layers, "Linear"):
+        _wrap(cls, _peft_hira, "merge", "forward")
+        _wrap(cls, _peft_merge, "unmerge")
+
+
+def _classes_to_install(layers: ModuleType, *names: str) -> Iterator[Any]:
+    for name in names:
         cls: Any = getattr(layers, name, None)
         if cls is not None and cls.__module__ == layers.__name__ and not hasattr(cls, "__qlora__"):
-            _wrap_merge(cls)
+            yield cls
             cls.__qlora__ = True
 
 
-def _wrap_merge(cls: Any) -> None:
-    original_merge, original_unmerge = cls.merge, cls.unmerge
+def _wrap(cls: Any, module: Callable[[], ModuleType], *methods: str) -> None:
+    """Over our layers, functions of a module of ours in place of methods; they get the methods to call."""
+    for name in methods:
+        setattr(cls, name, _wrapped(getattr(cls, name), module, name))
 
-    @functools.wraps(original_merge)
-    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+
+def _wrapped(original: Any, module: Callable[[], ModuleType], name: str) -> Any:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _may_be_ours(self.get_base_layer()):
-            original_merge(self, safe_merge, adapter_names)
-            return
-        from . import peft_merge
+            return original(self, *args, **kwargs)
+        return getattr(module(), name)(self, original, *args, **kwargs)
 
-        peft_merge.merge(self, original_merge, safe_merge, adapter_names)
+    return method
 
-    @functools.wraps(original_unmerge)
-    def unmerge(self: Any) -> None:
-        if not _may_be_ours(self.get_base_layer()):
-            original_unmerge(self)
-            return
-        from . import peft_merge
 
-        peft_merge.unmerge(self, original_unmerge)
+# Imported when they are needed, since peft is in the middle of its own import when the methods are wrapped.
+def _peft_merge() -> ModuleType:
+    from . import peft_merge
 
-    cls.merge, cls.unmerge = merge, unmerge
+    return peft_merge
+
+
+def _peft_shape() -> ModuleType:
+    from . import peft_shape
+
+    return peft_shape
+
+
+def _peft_hira() -> ModuleType:
+    from . import peft_hira
+
+    return peft_hira
 
 
 def _replace_in_peft(original: Any, new: Any) -> None:

@@ -1,4 +1,4 @@
-"""Merging for PEFT's tuners that compute on the base layer's weight itself: IA3, AdaLoRA, RandLoRA, RoAd.
+"""Merging for PEFT's tuners that compute on the base layer's weight itself, IA3, AdaLoRA and RandLoRA among them.
 
 PEFT's own `merge` runs, unchanged, against a float32 stand-in that holds the weight from before the first merge. What it
 leaves there is quantised into the base layer, once for all merged adapters, with the block size, code and dtype it had.
@@ -18,7 +18,10 @@ from .peft_weight import KeptWeight, set_dense_weight, standing_in
 
 
 def merge(
-    layer: Any, original: Callable[..., None], safe_merge: bool, adapter_names: list[str] | None
+    layer: Any,
+    original: Callable[..., None],
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
 ) -> None:
     """`original`, a PEFT layer's own `merge`, for any base layer.
 
