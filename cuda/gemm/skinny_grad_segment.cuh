@@ -65,7 +65,8 @@ struct Arguments {
   float table_scale_inverse;  // of PairTable
   const __nv_bfloat16* dy;
   __nv_bfloat16* dx;
-  float* parts;  // [num_parts, m, cols]; null: dx is written
+  float* parts;     // [num_parts, m, cols]; null: dx is written
+  bool is_cluster;  // the blocks of the parts of a tile
   int num_parts;
   int num_tiles;
   int m;

@@ -9,13 +9,15 @@
 //   dy       of a segment of up to 16 steps at once, with its scales, before the products: see skinny_grad_segment.cuh
 //   decode   a lane has columns 8g..8g+7 of rows 2i, 2i+1, 2i+8 and 2i+9 (g = lane / 4, i = lane % 4). Nibbles of two
 //            neighbouring rows make a byte, which PairTable takes to the pair of values that the operand has there
-//   sums     of the warps that share columns: through shared memory; of parts: in memory, by add_parts; in a fixed order
+//   sums     of the warps that share columns: through shared memory; of parts: through that of the blocks of a cluster,
+//            or, where the GPU has no room for all of these at once, in memory, by add_parts; in a fixed order
 //
 // Rounding: of the table's values, of scales and of scaled dy to fp16 (0.008, 0.02 and 0.02 %, rms; a weight rounded to
 // bf16 has 0.17 %), fp32 sums, dx. In fp16 that would be more than other kernels have: bf16 alone.
 #include <cstdint>
 
 #include "core/status.h"
+#include "cuda/device/cluster.cuh"
 #include "cuda/device/mma.cuh"
 #include "cuda/device/tensor_copy.cuh"
 #include "cuda/device/unaligned.cuh"
@@ -34,6 +36,8 @@ namespace {
 
 using namespace skinny_grad;
 
+constexpr int kMaxCluster = 8;         // blocks in a portable cluster
+constexpr int kMaxClusterTokens = 16;  // whose sums shared memory holds
 constexpr int kFirstSteps = 2;  // that are asked for at once; more would keep the memory from dy and the scales
 
 #if __CUDA_ARCH__ >= 900
@@ -46,9 +50,8 @@ struct Item {
 
   __device__ __forceinline__ explicit Item(const Arguments& arguments) {
     const int num_steps = (arguments.rows + kStep - 1) / kStep;
-    const int tile = static_cast<int>(blockIdx.x) % arguments.num_tiles;
-    part = static_cast<int>(blockIdx.x) / arguments.num_tiles;
-    first_col = tile * kTileCols;
+    part = static_cast<int>(blockIdx.x) % arguments.num_parts;
+    first_col = static_cast<int>(blockIdx.x) / arguments.num_parts * kTileCols;
     step_begin = static_cast<int>(int64_t{num_steps} * part / arguments.num_parts);
     step_end = static_cast<int>(int64_t{num_steps} * (part + 1) / arguments.num_parts);
   }
@@ -134,7 +137,12 @@ class Consumer {
 
  private:
   static constexpr int kTokenTiles = kTokens / 8;
-  static constexpr int kVectors = kTokenTiles * 4;  // of 4 sums a lane, that are exchanged
+  static constexpr int kVectors = kTokenTiles * 4;          // of 4 sums a lane, that are exchanged
+  static constexpr int kPieces = kVectors * kTileBlocks;    // of 4 sums a lane, of a block of threads
+  static constexpr int kPieceBytes = 32 * sizeof(float4);
+  static constexpr int kExchangeBytes = kRowGroups * kPieces * kPieceBytes;
+  static constexpr int kReceiveBytes = (kPieces + kMaxCluster - 1) * kPieceBytes;
+  static constexpr bool kCanCluster = kTokens <= kMaxClusterTokens;
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   static __device__ __forceinline__ int group() { return lane() / 4; }
@@ -233,10 +241,15 @@ class Consumer {
     for (int t = 0; t < kTokenTiles; ++t) multiply_add<__half>(sums_[t][kByte], a, b[t][0], b[t][1]);
   }
 
-  // Adds the sums of the warps that share columns, by way of the ring and of dy, which all have read.
+  // Adds the sums of the warps that share columns, and of the blocks of a cluster, by way of the ring and of dy, which
+  // all have read.
   __device__ __forceinline__ void add_and_store() {
-    static_assert(kRowGroups * kVectors * kTileBlocks * 32 * sizeof(float4) <=
-                  sizeof(shared_.weight) + sizeof(shared_.dy));
+    static_assert(kExchangeBytes + (kCanCluster ? kReceiveBytes : 0) <= sizeof(shared_.weight) + sizeof(shared_.dy));
+    const bool is_cluster = kCanCluster && arguments_.is_cluster;
+    if (is_cluster) {
+      __syncwarp();
+      arrive_at_cluster();
+    }
     float4* const exchange = reinterpret_cast<float4*>(shared_.weight) + block() * 32 + lane();
     const auto place = [&](int row_group, int vector) -> float4& {
       return exchange[(row_group * kVectors + vector) * kTileBlocks * 32];
@@ -258,19 +271,57 @@ class Consumer {
       }
     }
     synchronize<kConsumers>(kAllConsumers);
+    if (is_cluster) {
+      __syncwarp();
+      wait_for_cluster();
+    }
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
       const int vector = row_group() * kTokenTiles + i;
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-      for (int r = 0; r < kRowGroups; ++r) {
-        const float4 v = place(r, vector);
-        sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+      for (int r = 0; r < kRowGroups; ++r) add(sum, place(r, vector));
+      if (is_cluster) {
+        send(vector * kTileBlocks + block(), sum);
+      } else {
+        store(vector * kTileBlocks + block(), sum);
       }
-      const int token = vector / 4 * 8 + 2 * quad() + vector / 2 % 2;
-      const int col = item_.first_col + block() * kBlockCols + group() * 8 + vector % 2 * 4;
-      if (token < arguments_.m && col < arguments_.cols) store(token, col, sum);
     }
+    if (is_cluster) {
+      hand_over_to_cluster();
+      take_over_from_cluster();
+      for (int piece = item_.part + threadIdx.x / 32 * arguments_.num_parts; piece < kPieces;
+           piece += kWarps * arguments_.num_parts) {
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (int part = 0; part < arguments_.num_parts; ++part) add(sum, *received(piece, part));
+        store(piece, sum);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void add(float4& sum, const float4& v) {
+    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+  }
+
+  // A cluster's blocks take turns at the pieces: where the sums of a part lie for the one that adds them up.
+  __device__ __forceinline__ float4* received(int piece, int part) const {
+    unsigned char* const first = &shared_.weight[0][0] + kExchangeBytes;
+    return reinterpret_cast<float4*>(first) +
+           ((piece / arguments_.num_parts * arguments_.num_parts + part) * 32 + lane());
+  }
+  __device__ __forceinline__ void send(int piece, const float4& sum) const {
+    const uint32_t target =
+        address_in_block(shared_address(received(piece, item_.part)), piece % arguments_.num_parts);
+    store_two_floats_in_block(target, sum.x, sum.y);
+    store_two_floats_in_block(target + 8, sum.z, sum.w);
+  }
+
+  // By a warp: a piece of the sums, vector piece / kTileBlocks of block piece % kTileBlocks.
+  __device__ __forceinline__ void store(int piece, const float4& sum) const {
+    const int vector = piece / kTileBlocks;
+    const int token = vector / 4 * 8 + 2 * quad() + vector / 2 % 2;
+    const int col = item_.first_col + piece % kTileBlocks * kBlockCols + group() * 8 + vector % 2 * 4;
+    if (token < arguments_.m && col < arguments_.cols) store(token, col, sum);
   }
 
   __device__ __forceinline__ void store(int token, int col, const float4& sum) const {
@@ -311,7 +362,8 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
   const Item item(arguments);
   if (threadIdx.x >= kConsumers) {
     if (threadIdx.x == kConsumers) {
-      if (shared_address(shared_bytes) != kReservedBytes) __trap();  // FixedPairTable relies on it.
+      // FixedPairTable relies on it. Addresses begin with the block's place in its cluster.
+      if (shared_address(shared_bytes) % (1 << 24) != kReservedBytes) __trap();
       for (int i = 0; i < kStages<kTokens>; ++i) {
         init_barrier(shared.full[i], 1);
         init_barrier(shared.empty[i], kWarps);
@@ -329,6 +381,12 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
     arrive_at<kThreads>(kAllThreads);
     cudaGridDependencySynchronize();
     copy_weight(arguments, map, item, shared);
+    if (arguments.is_cluster) {
+      arrive_at_cluster();
+      wait_for_cluster();
+      hand_over_to_cluster();
+      take_over_from_cluster();
+    }
   } else {
     PairTable<__half>::fill<kConsumers>(shared.table, values);
     synchronize<kThreads>(kAllThreads);
@@ -353,6 +411,25 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_grad_kernel(const __grid_c
 
 int tokens_of(const Gemm& problem) { return problem.m <= 8 ? 8 : problem.m <= 16 ? 16 : kMaxTokens; }
 
+// Clusters of so many blocks that run at once.
+template <int kTokens>
+int count_clusters(const void* kernel, int cluster) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedBytes<kTokens>;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int count = 0;
+  check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
+  return count;
+}
+
 // The same for any number of rows.
 int num_parts_of(const Gemm& problem, const Device& device) {
   return best_num_parts(ceil_div(problem.weight.cols, kTileCols), ceil_div(problem.weight.rows, kStep),
@@ -368,6 +445,7 @@ bool supports_skinny_grad_sm90(const Gemm& problem, const Device& device, std::s
   return supports_wgmma(problem, device, kMaxTokens, any, why_not);
 }
 
+// Also where a cluster needs none: what a GPU has room for is asked when it runs.
 int64_t skinny_grad_sm90_workspace_size(const Gemm& problem, const Device& device) {
   const int parts = num_parts_of(problem, device);
   return parts == 1 ? 0 : parts * problem.m * problem.weight.cols * static_cast<int64_t>(sizeof(float));
@@ -383,7 +461,6 @@ void skinny_grad_sm90(const Gemm& problem, const Device& device, cudaStream_t st
   arguments.dy = static_cast<const __nv_bfloat16*>(problem.input);
   arguments.dx = static_cast<__nv_bfloat16*>(problem.output);
   arguments.num_parts = num_parts_of(problem, device);
-  arguments.parts = arguments.num_parts == 1 ? nullptr : static_cast<float*>(problem.workspace);
   arguments.num_tiles = static_cast<int>(ceil_div(weight.cols, kTileCols));
   arguments.m = static_cast<int>(problem.m);
   arguments.rows = static_cast<int>(weight.rows);
@@ -400,16 +477,23 @@ void skinny_grad_sm90(const Gemm& problem, const Device& device, cudaStream_t st
   dispatch_bool(weight.absmax_codes != nullptr, [&](auto nested) {
     dispatch_constant<8, 16, kMaxTokens>("skinny_grad_sm90", tokens_of(problem), [&](auto tokens) {
       const auto kernel = skinny_grad_kernel<tokens(), nested()>;
-      allow_shared_bytes(device, reinterpret_cast<const void*>(kernel), kSharedBytes<tokens()>);
+      const auto* const pointer = reinterpret_cast<const void*>(kernel);
+      allow_shared_bytes(device, pointer, kSharedBytes<tokens()>);
+      arguments.is_cluster =
+          tokens() <= kMaxClusterTokens && arguments.num_parts > 1 && arguments.num_parts <= kMaxCluster &&
+          arguments.num_tiles <= remember(device, pointer, arguments.num_parts, count_clusters<tokens()>);
+      const bool has_parts = arguments.num_parts > 1 && !arguments.is_cluster;
+      arguments.parts = has_parts ? static_cast<float*>(problem.workspace) : nullptr;
       const auto blocks = static_cast<unsigned>(int64_t{arguments.num_tiles} * arguments.num_parts);
-      launch_early("skinny_grad_kernel", kernel, LaunchShape{blocks, kThreads, kSharedBytes<tokens()>}, device, stream,
-                   arguments, map, PairTable<__half>::values(format));
+      const int cluster = arguments.is_cluster ? arguments.num_parts : 1;
+      launch_early("skinny_grad_kernel", kernel, LaunchShape{blocks, kThreads, kSharedBytes<tokens()>, cluster}, device,
+                   stream, arguments, map, PairTable<__half>::values(format));
+      if (has_parts) {
+        add_parts(arguments.parts, arguments.num_parts, problem.m, weight.cols, nullptr, problem.output, problem.dtype,
+                  device, stream);
+      }
     });
   });
-  if (arguments.num_parts > 1) {
-    add_parts(arguments.parts, arguments.num_parts, problem.m, weight.cols, nullptr, problem.output, problem.dtype,
-              device, stream);
-  }
 }
 
 }  // namespace qlora
