@@ -44,7 +44,7 @@ constexpr int kSegmentSteps = kTokens == 32 ? 8 : 16;
 template <int kTokens>
 struct Shared {
   unsigned char table[PairTable<__half>::kBytes];
-  unsigned char weight[kStages<kTokens>][kStep * kTileBytes];  // the 16-byte piece p of row r at place p ^ r % 8
+  unsigned char weight[kStages<kTokens>][kStep * kTileBytes];       // the 16-byte piece p of row r at place p ^ r % 8
   uint2 dy[kSegmentSteps<kTokens> * kStepDepths][kTokens / 8][32];  // see dy_place
   __half scales[kTileBlocks][kSegmentSteps<kTokens> * kStep];       // see scale_place
   float nested_code[256];
@@ -78,7 +78,7 @@ struct Arguments {
   bool is_dx_aligned;       // to 8 bytes
 };
 
-#if defined(__CUDACC__)
+#if __CUDA_ARCH__ >= 900
 
 enum NamedBarrier { kAllThreads, kAllConsumers };
 
@@ -93,8 +93,8 @@ __device__ __forceinline__ float power_value(int power) { return __uint_as_float
 constexpr int kDyTarget = 7;
 constexpr int kScaleTarget = 6;
 
-// Where lane 4 g + i of a product finds rows 2i, 2i+1, 2i+8, 2i+9 of token g, among the 32 of depth `depth`: neither its
-// reads nor the writes of 8 tokens of two depths meet in a bank.
+// Where lane 4 g + i of a product finds rows 2i, 2i+1, 2i+8, 2i+9 of token g, among the 32 of depth `depth`: neither
+// its reads nor the writes of 8 tokens of two depths meet in a bank.
 __device__ __forceinline__ int dy_place(int depth, int group, int i) {
   return (i * 8 + (group ^ i / 2 * 4)) ^ depth % 2 * 8;
 }

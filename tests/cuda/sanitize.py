@@ -210,7 +210,9 @@ def parts() -> dict[str, Callable[[], None]]:
     capability = torch.cuda.get_device_capability()
     kernels = ["skinny_sm80"]
     kernels += ["skinny_sm90"] if capability >= (9, 0) else []
-    kernels += ["narrow_sm90", "wide_sm90", "skinny_grad_sm90", "wide_grad_sm90"] if capability == (9, 0) else []
+    kernels += (
+        ["narrow_sm90", "wide_sm90", "skinny_grad_sm90", "wide_grad_sm90"] if capability == (9, 0) else []
+    )
     groups = {"groups": drive_groups} if capability >= (9, 0) else {}
     return {
         "formats": drive_formats,

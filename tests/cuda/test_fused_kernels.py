@@ -214,10 +214,11 @@ def skinny_grad(kernel) -> None:
 
 # [n, k]: a part of one segment, and of several.
 @pytest.mark.parametrize("shape", [(1000, 1024), (34000, 1088)])
-@pytest.mark.parametrize(("of_dy", "of_scales"), [(1.0, 1e30), (1.0, 1e-30), (1e30, 1e-30), (1e-38, 1e30), (1e36, 1e-28)])
-def test_gradient_of_values_of_any_size(
-    skinny_grad: None, shape: tuple[int, int], of_dy: float, of_scales: float
-) -> None:
+@pytest.mark.parametrize(
+    ("of_dy", "of_scales"), [(1.0, 1e30), (1.0, 1e-30), (1e30, 1e-30), (1e-38, 1e30), (1e36, 1e-28)]
+)
+@pytest.mark.usefixtures("skinny_grad")
+def test_gradient_of_values_of_any_size(shape: tuple[int, int], of_dy: float, of_scales: float) -> None:
     n, k = shape
     (packed, absmax, _), form, weight = quantized(n, k, torch.float32, False)
     # Blocks of columns and tokens of their own size; rows that grow by 10,000 from the first to the last.
@@ -243,9 +244,8 @@ def test_gradient_of_values_of_any_size(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("row", [0, 20000, 33999])
-def test_values_that_are_not_finite_stay_in_their_rows_and_blocks(
-    skinny_grad: None, value: float, row: int
-) -> None:
+@pytest.mark.usefixtures("skinny_grad")
+def test_values_that_are_not_finite_stay_in_their_rows_and_blocks(value: float, row: int) -> None:
     n, k = 34000, 1088
     (packed, absmax, shape), form, _ = quantized(n, k, torch.float32, False)
     dy = randn(5, n, dtype=torch.bfloat16, seed=1)
