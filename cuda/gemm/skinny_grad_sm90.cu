@@ -35,9 +35,10 @@ namespace {
 
 using namespace skinny_grad;
 
-constexpr int kFirstSteps = 2;  // that are asked for at once; more would keep the memory from dy and the scales
 
 #if __CUDA_ARCH__ >= 900
+
+constexpr int kFirstSteps = 2;  // that are asked for at once; more would keep the memory from dy and the scales
 
 // By a warp, where the tensor memory accelerator does not take the weight.
 __device__ __forceinline__ void copy_plainly(const Arguments& arguments, const Item& item, int step,
