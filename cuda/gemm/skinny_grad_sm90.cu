@@ -35,7 +35,6 @@ namespace {
 
 using namespace skinny_grad;
 
-
 #if __CUDA_ARCH__ >= 900
 
 constexpr int kFirstSteps = 2;  // that are asked for at once; more would keep the memory from dy and the scales
