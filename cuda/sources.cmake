@@ -12,6 +12,7 @@ target_sources(qlora PRIVATE
   cuda/gemm/naive.cu
   cuda/gemm/narrow_sm90.cu
   cuda/gemm/select.cpp
+  cuda/gemm/skinny_grad_sm90.cu
   cuda/gemm/skinny_sm80.cu
   cuda/gemm/skinny_sm90.cu
   cuda/gemm/split.cu

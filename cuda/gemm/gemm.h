@@ -53,7 +53,13 @@ bool supports_wide_sm90(const Gemm& problem, const Device& device, std::string* 
 int64_t wide_sm90_workspace_size(const Gemm& problem, const Device& device);
 void wide_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);
 
-// wide_grad_sm90.cu: the same for the input gradient.
+// skinny_grad_sm90.cu: 1 to 32 rows of dy in bf16, blocks of 64 and more, k a multiple of 64; input gradient, Hopper
+// alone.
+bool supports_skinny_grad_sm90(const Gemm& problem, const Device& device, std::string* why_not);
+int64_t skinny_grad_sm90_workspace_size(const Gemm& problem, const Device& device);
+void skinny_grad_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);
+
+// wide_grad_sm90.cu: any number of rows of dy in 16 bits, the same else.
 bool supports_wide_grad_sm90(const Gemm& problem, const Device& device, std::string* why_not);
 int64_t wide_grad_sm90_workspace_size(const Gemm& problem, const Device& device);
 void wide_grad_sm90(const Gemm& problem, const Device& device, cudaStream_t stream);

@@ -45,6 +45,7 @@ constexpr Kernel kKernels[] = {
     {"skinny_sm90", supports_skinny_sm90, nullptr, skinny_sm90, skinny_sm90_yields},
     {"narrow_sm90", supports_narrow_sm90, narrow_sm90_workspace_size, narrow_sm90, nullptr},
     {"wide_sm90", supports_wide_sm90, wide_sm90_workspace_size, wide_sm90, wide_sm90_yields, true},
+    {"skinny_grad_sm90", supports_skinny_grad_sm90, skinny_grad_sm90_workspace_size, skinny_grad_sm90, nullptr},
     {"wide_grad_sm90", supports_wide_grad_sm90, wide_grad_sm90_workspace_size, wide_grad_sm90, wide_grad_sm90_yields,
      true},
     {"skinny_sm80", supports_skinny_sm80, skinny_sm80_workspace_size, skinny_sm80, nullptr},

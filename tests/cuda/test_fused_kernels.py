@@ -1,4 +1,4 @@
-"""narrow_sm90, wide_sm90, wide_grad_sm90 and skinny_sm80, the fused kernels that deal work items to blocks, on their own."""
+"""The fused kernels that deal work items to blocks, on their own: all but skinny_sm90."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from qlora import ops
 pytestmark = pytest.mark.gpu
 
 # The most rows of each.
-MAX_ROWS = {"narrow_sm90": 64, "wide_sm90": 700, "wide_grad_sm90": 700, "skinny_sm80": 32}
+MAX_ROWS = {
+    "narrow_sm90": 64,
+    "wide_sm90": 700,
+    "skinny_grad_sm90": 32,
+    "wide_grad_sm90": 700,
+    "skinny_sm80": 32,
+}
+GRADIENTS = ("skinny_grad_sm90", "wide_grad_sm90")
 # [n, k]: less than a tile and than a step; a step and a rest of 1, 2 and 3 blocks; tiles in pairs and not, of whole blocks
 # too; many parts, also of rows that no vector divides; more items than multiprocessors, of several steps and a rest
 # each.
@@ -56,13 +63,18 @@ def fused(request: pytest.FixtureRequest, kernel: Callable[..., None]) -> str:
     return str(request.param)
 
 
+def require_dtype(name: str, dtype: torch.dtype) -> None:
+    if name == "skinny_grad_sm90" and dtype != torch.bfloat16:
+        pytest.skip("skinny_grad_sm90 serves bfloat16")
+
+
 def operands(name: str, m: int, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """Rows of x, or of dy; of `m` as many as the kernel takes."""
-    return randn(min(m, MAX_ROWS[name]), n if name == "wide_grad_sm90" else k, dtype=dtype, seed=m)
+    return randn(min(m, MAX_ROWS[name]), n if name in GRADIENTS else k, dtype=dtype, seed=m)
 
 
 def call(name: str, x: Tensor, args: tuple, form: dict) -> Tensor:
-    return (ops.linear_4bit_grad_input if name == "wide_grad_sm90" else ops.linear_4bit)(x, *args, **form)
+    return (ops.linear_4bit_grad_input if name in GRADIENTS else ops.linear_4bit)(x, *args, **form)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
@@ -82,9 +94,10 @@ def test_fused_equals_float64_product_of_the_exact_weight(
 ) -> None:
     n, k = shape
     dtype, quant_type, is_nested, block_size = quant
+    require_dtype(fused, dtype)
     args, form, weight = quantized(n, k, torch.float32, is_nested, quant_type, block_size)
     x = operands(fused, m, n, k, dtype)
-    terms = weight if fused == "wide_grad_sm90" else weight.T
+    terms = weight if fused in GRADIENTS else weight.T
     expected = x.double() @ terms.double()
     # A code value, or a weight, is rounded to dtype: a relative error of at most eps / 2.
     rounding = torch.finfo(dtype).eps / 2 * (x.double().abs() @ terms.double().abs())
@@ -127,9 +140,10 @@ def test_fused_is_no_less_accurate_than_a_product_with_rounded_weights(
     fused: str, kernel, m: int, dtype: torch.dtype
 ) -> None:
     n, k = 4096, 4096
+    require_dtype(fused, dtype)
     args, form, weight = quantized(n, k, torch.float32, True)
     x = operands(fused, m, n, k, dtype)
-    expected = x.double() @ (weight if fused == "wide_grad_sm90" else weight.T).double()
+    expected = x.double() @ (weight if fused in GRADIENTS else weight.T).double()
     errors = []
     for name in (fused, "dense"):
         kernel(name)
@@ -189,3 +203,62 @@ def test_workspace_is_what_the_parts_take(kernel, name: str, m: int) -> None:
     rounded = -(-m // 16) * 16 * (-(-1000 // 16) * 16)  # whole products of 16 rows by 16 tokens
     assert size % (rounded * 4) == 0
     assert c_library.workspace_size(c_library.describe_weight(1 << 17, 4096), m, torch.bfloat16) == 0
+
+
+@pytest.fixture
+def skinny_grad(kernel) -> None:
+    """skinny_grad_sm90 alone, which brings dy and scales to fp16 by powers of two."""
+    require("skinny_grad_sm90")
+    kernel("skinny_grad_sm90")
+
+
+# [n, k]: a part of one segment, and of several.
+@pytest.mark.parametrize("shape", [(1000, 1024), (34000, 1088)])
+@pytest.mark.parametrize(
+    ("of_dy", "of_scales"), [(1.0, 1e30), (1.0, 1e-30), (1e30, 1e-30), (1e-38, 1e30), (1e36, 1e-28)]
+)
+@pytest.mark.usefixtures("skinny_grad")
+def test_gradient_of_values_of_any_size(shape: tuple[int, int], of_dy: float, of_scales: float) -> None:
+    n, k = shape
+    (packed, absmax, _), form, weight = quantized(n, k, torch.float32, False)
+    # Blocks of columns and tokens of their own size; rows that grow by 10,000 from the first to the last.
+    sizes = torch.tensor([1.0, 1e-7, 1e7, 1e3], device="cuda")
+    factors = sizes[torch.arange(k // 64, device="cuda") % 4] * of_scales
+    absmax = (absmax.view(n, k // 64) * factors).flatten()
+    growth = torch.logspace(-2, 2, n, device="cuda")
+    dy = (randn(7, n, dtype=torch.float32, seed=n) * growth * of_dy).clamp(-3e38, 3e38)
+    dy[1] *= 1e-5
+    dy[2], dy[3, : n // 2] = 0.0, 0.0
+    dy = dy.bfloat16()
+    exact = weight.double() * factors.double().repeat_interleave(64)
+    expected = dy.double() @ exact
+    info = torch.finfo(torch.bfloat16)
+    magnitude = dy.double().abs() @ exact.abs()
+    limit = info.eps * magnitude + info.eps / 2 * expected.abs() + info.smallest_normal
+    y = ops.linear_4bit_grad_input(dy, packed, absmax, shape, **form)
+    is_finite = expected.abs() < info.max / 2
+    assert y[is_finite].isfinite().all()
+    assert_within(y[is_finite], expected[is_finite], limit[is_finite])
+    assert (y[2] == 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("row", [0, 20000, 33999])
+@pytest.mark.usefixtures("skinny_grad")
+def test_values_that_are_not_finite_stay_in_their_rows_and_blocks(value: float, row: int) -> None:
+    n, k = 34000, 1088
+    (packed, absmax, shape), form, _ = quantized(n, k, torch.float32, False)
+    dy = randn(5, n, dtype=torch.bfloat16, seed=1)
+    expected = ops.linear_4bit_grad_input(dy, packed, absmax, shape, **form)
+    spoilt = dy.clone()
+    spoilt[3, row] = value
+    y = ops.linear_4bit_grad_input(spoilt, packed, absmax, shape, **form)
+    assert not y[3].isfinite().any()
+    others = [0, 1, 2, 4]
+    assert_bitwise_equal(y[others], expected[others])
+    scales = absmax.clone().view(n, k // 64)
+    scales[row, 2] = value
+    y = ops.linear_4bit_grad_input(dy, packed, scales.flatten(), shape, **form)
+    assert not y[:, 128:192].isfinite().any()
+    assert_bitwise_equal(y[:, :128], expected[:, :128])
+    assert_bitwise_equal(y[:, 192:], expected[:, 192:])

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # In the order in which they are tried.
-FUSED = ("skinny_sm90", "narrow_sm90", "wide_sm90", "wide_grad_sm90", "skinny_sm80")
+FUSED = ("skinny_sm90", "narrow_sm90", "wide_sm90", "skinny_grad_sm90", "wide_grad_sm90", "skinny_sm80")
 # [n, k]: whole chunks, a rest, rows that no chunk fits evenly, straddling rows of odd length, one row, one column.
 SHAPES = ((1024, 512), (768 + 64, 320), (300, 776), (37, 77), (1, 64), (70, 1))
 
@@ -180,6 +180,7 @@ def test_explain_names_the_kernel_and_the_reasons_of_those_before_it(kernel) -> 
             "skinny_sm90: m: expected 1 to 16",
             "narrow_sm90: m: expected 1 to 64",
             "wide_sm90: another is faster",
+            "skinny_grad_sm90: expected the input gradient",
             "wide_grad_sm90: expected the input gradient",
             "skinny_sm80: m: expected 1 to 32",
         ]
@@ -215,7 +216,7 @@ def test_unknown_kernel_is_an_error_with_the_names(kernel) -> None:
     args, form, _ = quantized(64, 64, torch.bfloat16, False)
     with pytest.raises(
         RuntimeError,
-        match="QLORA_LINEAR_KERNEL: expected one of skinny_sm90, narrow_sm90, wide_sm90, wide_grad_sm90, skinny_sm80, dense, naive, got fastest",
+        match="QLORA_LINEAR_KERNEL: expected one of skinny_sm90, narrow_sm90, wide_sm90, skinny_grad_sm90, wide_grad_sm90, skinny_sm80, dense, naive, got fastest",
     ):
         ops.linear_4bit(randn(2, 64, dtype=torch.bfloat16, seed=0), *args, **form)
 
