@@ -179,7 +179,7 @@ def test_explain_names_the_kernel_and_the_reasons_of_those_before_it(kernel) -> 
         assert reasons == [
             "skinny_sm90: m: expected 1 to 16",
             "narrow_sm90: m: expected 1 to 64",
-            "wide_sm90: another is faster",
+            "wide_sm90: yields to one further down",
             "skinny_grad_sm90: expected the input gradient",
             "wide_grad_sm90: expected the input gradient",
             "skinny_sm80: m: expected 1 to 32",
@@ -191,7 +191,7 @@ def test_explain_names_the_kernel_and_the_reasons_of_those_before_it(kernel) -> 
         assert c_library.explain(deep, 8, torch.bfloat16).endswith(": skinny_sm90")
         first, reason = c_library.explain(deep, 16, torch.bfloat16).splitlines()
         assert first.endswith(": narrow_sm90")
-        assert reason == "skinny_sm90: another is faster"
+        assert reason == "skinny_sm90: yields to one further down"
     kernel("naive")
     first, *reasons = c_library.explain(weight, 4, torch.bfloat16).splitlines()
     assert first.endswith(": naive")
