@@ -22,7 +22,8 @@ struct LowRank {
   const void* right;
   qlora_dtype right_dtype;
   int64_t rank;  // 1 to kMaxRank; 0: there is no such term
-  // Whose scaling B A, added to the weight, is the term; null where `left` was made of another input than the product's.
+  // Whose scaling B A, added to the weight, is the term; null where `left` was made of another input than the
+  // product's.
   const qlora_lora* adapter;
 };
 
