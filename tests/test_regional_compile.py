@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent / "integrations"))
 from lora_models import fill_adapters, pair, tokens  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 from torch._inductor.utils import run_and_get_code  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 
 import qlora  # noqa: E402
 from assertions import assert_same_tensors  # noqa: E402
@@ -257,6 +258,21 @@ def test_a_layer_that_cannot_be_traced_runs_as_before_and_says_so_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss_and_gradients(model)
+
+
+def test_a_layer_that_multiplies_by_a_4_bit_weight_itself_is_compiled():
+    model = make_model(targets=["q_proj", "v_proj"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * F.linear(x, self.up_proj.weight))
+
+    expected = loss_and_gradients(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model.get_base_model().model.layers[0].mlp), "forward", forward)
+        assert_close(loss_and_gradients(model), expected, 1e-5)
+        compile_layers(model, backend="aot_eager")
+        assert_close(loss_and_gradients(model), expected, 1e-5)
+    assert compiled_layers(model) == {"LlamaDecoderLayer": 3}
 
 
 def test_a_cache_in_training_is_filled_by_eager_layers_with_a_warning():
