@@ -47,6 +47,8 @@ MODELS = {
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
     "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 8}),
     "gemma": ("GemmaConfig", "GemmaForCausalLM", {}),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"sliding_window": 8, "num_hidden_layers": 4}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
 }
 
 
