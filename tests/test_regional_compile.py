@@ -93,14 +93,14 @@ def counted_graphs() -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("kind", MODELS)
-def test_loss_and_gradients_equal_those_of_eager_layers_by_one_graph(kind, checkpointing):
+def test_loss_and_gradients_equal_those_of_eager_layers_by_one_graph_for_a_kind(kind, checkpointing):
     model = make_model(kind, gradient_checkpointing=checkpointing)
     expected = loss_and_gradients(model)
-    (name,) = {type(layer).__name__ for layer in model.get_base_model().model.layers}
-    assert compile_layers(model, backend="aot_eager") == {name: 3}
+    layers = model.get_base_model().model.layers
+    assert compile_layers(model, backend="aot_eager") == {type(layers[0]).__name__: len(layers)}
     with counted_graphs() as graphs:
         got = loss_and_gradients(model)
-    assert graphs == [1]
+    assert graphs == [2 if kind == "gemma2" else 1]  # every other layer attends to a window
     assert_close(got, expected, 1e-5)
 
 

@@ -169,6 +169,7 @@ def test_interrupted_run_resumes_to_the_same_weights(
     assert before[0] == before[1]
 
 
+@pytest.mark.slow
 def test_interrupted_run_with_compiled_layers_resumes_to_the_same_weights(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
