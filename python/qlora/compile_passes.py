@@ -1,4 +1,7 @@
-"""Changes to a layer's graphs between their tracing and inductor: see regional_compile.py."""
+"""Changes to a layer's graphs between their tracing and inductor: see regional_compile.py.
+
+What they save is products that nothing needs, and Python's time: a short step waits for its launches.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,11 @@ from torch.utils.checkpoint import CheckpointPolicy
 from . import lora_ops
 
 _LORA_LINEAR = torch.ops.qlora.lora_linear_4bit.default
-_OTHERS = (
-    torch.ops.qlora.lora_linear_4bit_backward.default,
-    torch.ops.qlora.linear_4bit.default,
-    torch.ops.qlora.linear_4bit_grad_input.default,
-)
 _OUTPUT, _LEFT = 0, 1  # what lora_linear_4bit returns
 _RAW = {
     torch.ops.qlora.linear_4bit.default: torch.ops.qlora.linear_4bit.raw,
     torch.ops.qlora.linear_4bit_grad_input.default: torch.ops.qlora.linear_4bit_grad_input.raw,
-    torch.ops.qlora.lora_linear_4bit.default: torch.ops.qlora.lora_linear_4bit.raw,
+    _LORA_LINEAR: torch.ops.qlora.lora_linear_4bit.raw,
     torch.ops.qlora.lora_linear_4bit_backward.default: torch.ops.qlora.lora_linear_4bit_backward.raw,
 }
 
@@ -69,8 +67,9 @@ def _needed_by_backward(graph: Graph) -> set[Node]:
 
 
 def name_attention_without_dropout(graph: Graph) -> None:
-    """Attention that drops nothing draws no random numbers, whatever its tag says: up to torch 2.13, computing it again
-    takes saving and restoring the generator's state around it, by a Python operator that takes longer than its launch.
+    """Attention that drops nothing draws no random numbers, whatever its tag says. Torch 2.11 (but not 2.14) goes by the
+    tag: where it is computed again it saves and restores the generator's state around it, by a Python operator that
+    takes longer than the launch.
 
     Args:
         graph: a joint graph, before it is partitioned. The calls are of a plain function from here to `call_kernels`.
@@ -151,4 +150,4 @@ def _let_inputs_be_shared() -> None:
     compute the input of the first few of them (query, key and value) once for each."""
     from torch._inductor.lowering import add_needs_realized_inputs
 
-    add_needs_realized_inputs([_LORA_LINEAR, *_OTHERS, *_RAW.values()])  # type: ignore[no-untyped-call]
+    add_needs_realized_inputs([*_RAW, *_RAW.values()])  # type: ignore[no-untyped-call]
