@@ -265,10 +265,14 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
   m.impl("quantize_absmax", TORCH_BOX(&quantize_absmax));
   m.impl("dequantize_absmax", TORCH_BOX(&dequantize_absmax));
   m.impl("linear_4bit", TORCH_BOX(&linear_4bit));
+  m.impl("linear_4bit.raw", TORCH_BOX(&linear_4bit));
   m.impl("linear_4bit_group", TORCH_BOX(&linear_4bit_group));
   m.impl("linear_4bit_grad_input", TORCH_BOX(&linear_4bit_grad_input));
+  m.impl("linear_4bit_grad_input.raw", TORCH_BOX(&linear_4bit_grad_input));
   m.impl("lora_linear_4bit", TORCH_BOX(&lora_linear_4bit));
+  m.impl("lora_linear_4bit.raw", TORCH_BOX(&lora_linear_4bit));
   m.impl("lora_linear_4bit_backward", TORCH_BOX(&lora_linear_4bit_backward));
+  m.impl("lora_linear_4bit_backward.raw", TORCH_BOX(&lora_linear_4bit_backward));
   m.impl("embedding_4bit", TORCH_BOX(&embedding_4bit));
 }
 

@@ -12,7 +12,16 @@
 //   quant_type        "nf4" or "fp4"
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 STABLE_TORCH_LIBRARY(qlora, m) {
+  // Also as the overload `raw`, which has no autograd formula: compiled graphs of one direction call it (see
+  // python/qlora/compile_passes.py), for which the way through a formula in Python takes longer than the launches.
+  const auto def_with_raw = [&m](const std::string& name, const std::string& signature) {
+    m.def((name + signature).c_str());
+    m.def((name + ".raw" + signature).c_str());
+  };
+
   // [any shape] -> uint8 [(n + 1) / 2, 1], float32 [num_blocks]
   m.def("quantize_4bit(Tensor input, int block_size, str quant_type) -> (Tensor, Tensor)");
 
@@ -30,9 +39,9 @@ STABLE_TORCH_LIBRARY(qlora, m) {
       "Tensor");
 
   // y = x W^T + b: [..., k] -> [..., n]
-  m.def(
-      "linear_4bit(Tensor input, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
-      "Tensor? nested_offset, Tensor? bias, int[] shape, int block_size, str quant_type) -> Tensor");
+  def_with_raw("linear_4bit",
+               "(Tensor input, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+               "Tensor? nested_offset, Tensor? bias, int[] shape, int block_size, str quant_type) -> Tensor");
 
   // y_i = x W_i^T + b_i, weights of `rows[i]` rows that share x: [..., k] -> [..., rows[i]] each. The lists have a
   // tensor for each weight, but the nested ones none where the scales are plain, and `bias` one for each index in
@@ -43,22 +52,25 @@ STABLE_TORCH_LIBRARY(qlora, m) {
       "str quant_type) -> Tensor[]");
 
   // dx = dy W: [..., n] -> [..., k]
-  m.def(
-      "linear_4bit_grad_input(Tensor grad_output, Tensor packed, Tensor absmax, Tensor? nested_absmax, "
+  def_with_raw(
+      "linear_4bit_grad_input",
+      "(Tensor grad_output, Tensor packed, Tensor absmax, Tensor? nested_absmax, "
       "Tensor? nested_quant_map, Tensor? nested_offset, int[] shape, int block_size, str quant_type) -> Tensor");
 
   // y = x W^T + b + left B^T, left = scaling x' A^T with x' = adapter_input or else x: [..., k] -> [..., n] and left,
   // [m, rank rounded up to a multiple of 64] of x's dtype, zeros from column rank on. a [rank, k] and b [n, rank] may
   // be of another dtype.
-  m.def(
-      "lora_linear_4bit(Tensor input, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+  def_with_raw(
+      "lora_linear_4bit",
+      "(Tensor input, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
       "Tensor? nested_offset, Tensor? bias, Tensor a, Tensor b, float scaling, Tensor? adapter_input, int[] shape, "
       "int block_size, str quant_type) -> (Tensor, Tensor)");
 
   // The gradients of lora_linear_4bit towards input, adapter_input, a and b: each of no values where not asked for.
   // adapter_input is x', which is_separate says to be another tensor than the input.
-  m.def(
-      "lora_linear_4bit_backward(Tensor grad_output, Tensor adapter_input, Tensor left, Tensor packed, Tensor absmax, "
+  def_with_raw(
+      "lora_linear_4bit_backward",
+      "(Tensor grad_output, Tensor adapter_input, Tensor left, Tensor packed, Tensor absmax, "
       "Tensor? nested_absmax, Tensor? nested_quant_map, Tensor? nested_offset, Tensor a, Tensor b, float scaling, "
       "bool is_separate, bool needs_input, bool needs_adapter_input, bool needs_a, bool needs_b, int[] shape, "
       "int block_size, str quant_type) -> (Tensor, Tensor, Tensor, Tensor)");

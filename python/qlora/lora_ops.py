@@ -150,6 +150,7 @@ def _lora_linear_4bit_fake(
 
 
 torch.library.register_fake("qlora::lora_linear_4bit", _lora_linear_4bit_fake)
+torch.library.register_fake("qlora::lora_linear_4bit.raw", _lora_linear_4bit_fake)
 
 
 def _autograd_backward(
@@ -280,6 +281,7 @@ def _no_gradient(ctx: Any, *grads: Any) -> tuple[None, ...]:
 
 
 torch.library.register_fake("qlora::lora_linear_4bit_backward", _lora_linear_4bit_backward_fake)
+torch.library.register_fake("qlora::lora_linear_4bit_backward.raw", _lora_linear_4bit_backward_fake)
 torch.library.register_autograd("qlora::lora_linear_4bit_backward", _no_gradient, setup_context=_mark_outputs)
 
 

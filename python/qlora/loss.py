@@ -41,11 +41,17 @@ def _losses(log_probabilities: Tensor, targets: Tensor) -> Tensor:
     return -log_probabilities.gather(-1, targets[:, None])[:, 0]
 
 
-def _logit_gradients(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """p - onehot(t), written over `log_probabilities`. expm1 keeps p_t - 1 exact where p_t is near 1."""
+def _write_logit_gradients(log_probabilities: Tensor, targets: Tensor, out: Tensor) -> Tensor:
+    """p - onehot(t) to `out`, in its dtype. expm1 keeps p_t - 1 exact where p_t is near 1."""
     index = targets[:, None]
     at_target = torch.expm1(log_probabilities.gather(-1, index))
-    return log_probabilities.exp_().scatter_(-1, index, at_target)
+    torch.exp(log_probabilities, out=out)
+    return out.scatter_(-1, index, at_target.to(out.dtype))
+
+
+def _logit_gradients(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+    """The same over `log_probabilities`."""
+    return _write_logit_gradients(log_probabilities, targets, log_probabilities)
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -103,7 +109,7 @@ def _softmax_loss(logits: Tensor, targets: Tensor, *, is_overwritten: bool) -> T
     log_probabilities = _log_probabilities(logits)
     total = _losses(log_probabilities, targets).sum()
     if is_overwritten:
-        logits.copy_(_logit_gradients(log_probabilities, targets))
+        _write_logit_gradients(log_probabilities, targets, logits)
     return total
 
 

@@ -300,6 +300,7 @@ def _linear_4bit_fake(
 
 
 torch.library.register_fake("qlora::linear_4bit", _linear_4bit_fake)
+torch.library.register_fake("qlora::linear_4bit.raw", _linear_4bit_fake)
 
 
 def _linear_4bit_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -372,6 +373,7 @@ def _linear_4bit_grad_input_fake(
 
 
 torch.library.register_fake("qlora::linear_4bit_grad_input", _linear_4bit_grad_input_fake)
+torch.library.register_fake("qlora::linear_4bit_grad_input.raw", _linear_4bit_grad_input_fake)
 
 
 def _linear_4bit_grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -51,8 +51,8 @@ def prepare(
             (`qlora.embedding_offload`). The model is to be on its GPU.
         use_reentrant: the older kind of checkpointing (DeepSpeed ZeRO-3 with PEFT needs it).
         low_memory_loss: the last point above; models whose loss is not the plain next-token one keep theirs.
-        compile: compile the decoder layers for training steps (`qlora.regional_compile`): the first step takes a minute
-            longer, every other is faster.
+        compile: compile the decoder layers for training steps (`qlora.regional_compile`): the first step takes 10 to
+            25 s longer, every other is faster.
 
     Returns:
         The same model.

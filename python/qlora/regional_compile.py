@@ -20,6 +20,7 @@ import types
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -107,6 +108,10 @@ class Region:
     def __init__(self, layer_class: type[nn.Module], dynamic: bool | None, backend: Any) -> None:
         self.layer_class = layer_class
         self.is_off = False
+        # Parameters of a 4-bit class ask Python at every operator that is given them, to be multiplied as what they
+        # stand for where a model passes them to F.linear itself. Hardly a layer does; one that does cannot be traced
+        # without.
+        self._context: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunctionSubclass
         self._warned: set[str] = set()
 
         def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -135,16 +140,24 @@ class Region:
         args = _with_gradient(args)
         try:
             if checkpointing is None:
-                return self._run(layer, *args, **kwargs)
+                return self._call(self._run, layer, *args, **kwargs)
             if _is_plain(checkpointing):
-                return self._run_with_checkpoint(layer, *args, **kwargs)
-            function: Any = functools.partial(self._run, layer, **kwargs)
+                return self._call(self._run_with_checkpoint, layer, *args, **kwargs)
+            function: Any = functools.partial(self._call, self._run, layer, **kwargs)
             # For functions that recompute the layer in the end (checkpointing.py): one graph that does.
-            function.checkpointed = functools.partial(self._run_with_checkpoint, layer, **kwargs)
+            function.checkpointed = functools.partial(self._call, self._run_with_checkpoint, layer, **kwargs)
             return checkpointing(function, *args)
         except _failures() as error:  # raised while tracing: nothing has been computed
-            self._switch_off(error)
+            failure = error
+        if self._context is not nullcontext:
+            self._context = nullcontext
+            return self.forward(layer, args, kwargs)
+        self._switch_off(failure)
         return self._run_as_before(checkpointing, layer, args, kwargs)
+
+    def _call(self, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._context():
+            return compiled(*args, **kwargs)
 
     def _run_as_before(
         self,

@@ -23,6 +23,7 @@ OPS = (
     "lora_linear_4bit_backward",
     "embedding_4bit",
 )
+WITH_RAW = ("linear_4bit", "linear_4bit_grad_input", "lora_linear_4bit", "lora_linear_4bit_backward")
 # Sums over k may be split by the thread count or the kernel, but a repeated call takes the same path: bits are equal.
 WITH_SCALES = (
     "dequantize_4bit",
@@ -46,8 +47,17 @@ def assert_same(actual: object, expected: object) -> None:
 
 def test_list_is_complete() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qlora::")}
-    assert registered == {f"qlora::{name}" for name in OPS}
+    assert registered == {f"qlora::{name}" for name in OPS} | {f"qlora::{name}.raw" for name in WITH_RAW}
     assert set(ops.__all__) == set(OPS)
+
+
+@pytest.mark.parametrize("name", WITH_RAW)
+def test_raw_overload_gives_equal_bits_and_has_a_fake_kernel(name: str, device: str) -> None:
+    call = make_call(name, device)
+    raw = getattr(torch.ops.qlora, name).raw
+    assert str(raw._schema).partition("(")[2] == str(call.raw._schema).partition("(")[2]
+    assert_same(raw(*call.raw_args), call.raw(*call.raw_args))
+    torch.library.opcheck(raw, call.raw_args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.filterwarnings(

@@ -175,6 +175,30 @@ def test_interrupted_run_resumes_to_the_same_weights(
     assert before[0] == before[1]
 
 
+@pytest.mark.slow
+def test_interrupted_run_with_compiled_layers_resumes_to_the_same_weights(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin = training.Speed.on_step_begin
+
+    def press_ctrl_c(
+        self: training.Speed, args: object, state: object, control: object, **kwargs: object
+    ) -> None:
+        begin(self, args, state, control, **kwargs)
+        if state.global_step == 1:  # type: ignore[attr-defined]
+            signal.raise_signal(signal.SIGINT)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    compiled = ["--compile_layers=true", "--max_steps=3"]
+    assert tiny_run.run_in_process("train", *keys(inputs, whole), *compiled) == 0
+    assert "layers: 2 LlamaDecoderLayer compiled" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Speed, "on_step_begin", press_ctrl_c)
+        assert tiny_run.run_in_process("train", *keys(inputs, parts), *compiled) == 130
+    assert tiny_run.run_in_process("train", "--resume", f"--output_dir={parts}") == 0
+    assert_same_adapter(parts, whole)
+
+
 KILLED_WHILE_SAVING = """
 import os, signal, sys
 from qlora.cli import main
