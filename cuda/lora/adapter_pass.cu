@@ -265,7 +265,7 @@ void plan_memory(Plan& plan, bool projects, bool reduces, bool is_clustered, int
            (is_clustered ? exchange_bytes(plan.ranks, projects) : 0);
   };
   const auto stages = [&] { return (device.max_shared_bytes - fixed_bytes()) / stage_bytes(plan.ranks, reduces); };
-  if (stages() < 2) plan.ranks = 32;
+  while (stages() < 2 && plan.ranks > 16) plan.ranks /= 2;  // one stage would be read while it is written
   if (is_clustered && projects) {
     plan.cluster = 1;
     while (plan.cluster < std::min<int64_t>(num_col_tiles, kMaxCluster)) plan.cluster *= 2;
