@@ -147,6 +147,8 @@ def test_dense_adds_the_update_to_its_weight_or_output(
         assert any("merged_weight" in name for name in names) == is_in_weight
         assert any("add_low_rank" in name for name in names) != is_in_weight
         check_lora(case, left, y, case.backward(left))
+        moved = replace(case, a=shifted(case.a), b=shifted(case.b))
+        assert_bitwise_equal(moved.forward()[0], y)
         case.b.zero_()
         y, _ = case.forward()
         assert_bitwise_equal(
