@@ -11,6 +11,7 @@
 #include "core/format.h"
 #include "cuda/device_guard.h"
 #include "cuda/error.h"
+#include "cuda/remember.h"
 
 namespace qlora {
 
@@ -40,7 +41,8 @@ struct LaunchShape {
 };
 
 // The same for a kernel that calls cudaGridDependencySynchronize before it reads or writes what kernels before it wrote
-// or read: from sm_90 on it is set up while they still run.
+// or read: from sm_90 on it is set up while they still run. Code compiled for older GPUs, which a newer one may run, has
+// no such call; it begins when they have ended.
 template <typename... Parameters, typename... Arguments>
 void launch_early(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, const Device& device,
                   cudaStream_t stream, Arguments&&... arguments) {
@@ -57,7 +59,8 @@ void launch_early(const char* name, void (*kernel)(Parameters...), const LaunchS
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = stream;
   config.attrs = attributes.data();
-  config.numAttrs = device.major < 9 ? 0 : shape.cluster > 1 ? 2 : 1;
+  const bool is_early = device.major >= 9 && is_compiled_for_sm90(device, reinterpret_cast<const void*>(kernel));
+  config.numAttrs = !is_early ? 0 : shape.cluster > 1 ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
 }
 
