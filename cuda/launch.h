@@ -41,8 +41,8 @@ struct LaunchShape {
 };
 
 // The same for a kernel that calls cudaGridDependencySynchronize before it reads or writes what kernels before it wrote
-// or read: from sm_90 on it is set up while they still run. Code compiled for older GPUs, which a newer one may run, has
-// no such call; it begins when they have ended.
+// or read: from sm_90 on it is set up while they still run. Code compiled for older GPUs, which a newer one may run,
+// has no such call; it begins when they have ended.
 template <typename... Parameters, typename... Arguments>
 void launch_early(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, const Device& device,
                   cudaStream_t stream, Arguments&&... arguments) {
