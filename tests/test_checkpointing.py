@@ -286,6 +286,15 @@ def test_a_trainer_that_enables_checkpointing_again_keeps_ours() -> None:
         enable({"use_reentrant": True})
 
 
+def test_prepare_called_again_goes_back_to_plain_checkpointing() -> None:
+    model = adapted("offload")
+    for use_reentrant in (False, True):
+        model = qlora.prepare(model, True, use_reentrant=use_reentrant)
+        layer = model.get_base_model().model.layers[0]
+        assert layer._gradient_checkpointing_func.func is torch.utils.checkpoint.checkpoint
+        assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": use_reentrant}
+
+
 def test_evaluation_and_generation_are_untouched() -> None:
     plain, model = pair()[0], qlora.prepare(pair()[0], "offload").eval()
     assert torch.equal(model(input_ids=tokens()).logits, plain(input_ids=tokens()).logits)

@@ -201,9 +201,11 @@ def test_names_hooks_and_classes_stay_and_copies_are_as_before(tmp_path):
     assert list(model.state_dict()) == names and calls == [1]
     assert isinstance(layers[0], cls) and type(layers[0]) is not cls
     assert repr(type(layers[0])) == repr(cls)
-    copied = copy.deepcopy(layers[0])
-    assert type(copied) is cls
-    assert type(pickle.loads(pickle.dumps(copied))) is cls
+    copies = [copy.deepcopy(layers[0])]
+    copies += [pickle.loads(pickle.dumps(layers[0], protocol)) for protocol in (0, 2, pickle.DEFAULT_PROTOCOL)]
+    for copied in copies:
+        assert type(copied) is cls
+        assert_same_tensors(dict(copied.state_dict()), dict(layers[0].state_dict()))
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
     uncompile_layers(model)

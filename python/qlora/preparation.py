@@ -139,6 +139,7 @@ def _enable_checkpointing(base: Any, use_reentrant: bool) -> None:
             f"qlora.prepare: gradient_checkpointing: expected a transformers model that supports it, got "
             f"{type(base).__name__}; pass gradient_checkpointing=False"
         )
+    vars(base).pop("_set_gradient_checkpointing", None)  # of an earlier call (checkpointing.use_checkpoints)
     had_hooks = bool(getattr(base, "_require_grads_hooks", None))
     # transformers 5.23 renamed it; the old name goes with transformers 6.
     if hasattr(base, "activation_checkpointing_enable"):

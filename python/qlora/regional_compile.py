@@ -15,6 +15,7 @@ function (reentrant, offloading) is called around the compiled layer.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import types
 import warnings
@@ -216,6 +217,8 @@ def _subclass(region: Region) -> type[nn.Module]:
         """Copies and pickles are of the class as it was."""
         reduced: Any = base.__reduce_ex__(self, protocol)
         function, arguments, *rest = reduced
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]  # pickle demands the object's own class of it
+            function, arguments = copyreg._reconstructor, (base, object, None)  # type: ignore[attr-defined]
         return function, (base, *arguments[1:]), *rest
 
     members = {
