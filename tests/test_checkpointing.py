@@ -121,6 +121,16 @@ def test_only_the_first_argument_leaves() -> None:
     assert host.sent == 2
 
 
+def test_another_view_of_the_input_is_not_taken_for_it() -> None:
+    hidden, host = torch.randn(8, 8, requires_grad=True), HostOfTests()
+    found = []
+    for run in (torchs, offloaded(host)):
+        hidden.grad = None
+        run(lambda x, other: torch.tanh(x @ other) * x, hidden, hidden.t()).sum().backward()
+        found.append(hidden.grad)
+    assert torch.equal(*found) and host.sent == 1
+
+
 def test_small_strided_and_unmoved_tensors_stay() -> None:
     weight = torch.randn(8, 8, requires_grad=True)
     host = HostOfTests()
