@@ -121,6 +121,16 @@ def test_only_the_first_argument_leaves() -> None:
     assert host.sent == 2
 
 
+def test_another_view_of_the_input_is_not_taken_for_it() -> None:
+    hidden, host = torch.randn(8, 8, requires_grad=True), HostOfTests()
+    found = []
+    for run in (torchs, offloaded(host)):
+        hidden.grad = None
+        run(lambda x, other: torch.tanh(x @ other) * x, hidden, hidden.t()).sum().backward()
+        found.append(hidden.grad)
+    assert torch.equal(*found) and host.sent == 1
+
+
 def test_small_strided_and_unmoved_tensors_stay() -> None:
     weight = torch.randn(8, 8, requires_grad=True)
     host = HostOfTests()
@@ -284,6 +294,15 @@ def test_a_trainer_that_enables_checkpointing_again_keeps_ours() -> None:
     assert not layer.gradient_checkpointing
     with pytest.raises(ValueError, match="use_reentrant: expected False .* got True"):
         enable({"use_reentrant": True})
+
+
+def test_prepare_called_again_goes_back_to_plain_checkpointing() -> None:
+    model = adapted("offload")
+    for use_reentrant in (False, True):
+        model = qlora.prepare(model, True, use_reentrant=use_reentrant)
+        layer = model.get_base_model().model.layers[0]
+        assert layer._gradient_checkpointing_func.func is torch.utils.checkpoint.checkpoint
+        assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": use_reentrant}
 
 
 def test_evaluation_and_generation_are_untouched() -> None:

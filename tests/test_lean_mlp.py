@@ -22,6 +22,7 @@ import qlora
 from qlora.checkpointing import layer_checkpoints, use_checkpoints
 from qlora.estimate.timeline import Timeline
 from qlora.lean_mlp import LeanMlps
+from qlora.nn.linear import Linear4bit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6.*:FutureWarning")
 
@@ -66,15 +67,20 @@ def test_gradients_are_those_of_plain_checkpointing(kind: str, tile: int, lora: 
     assert lean.is_useful
 
 
-def test_each_part_is_computed_twice_and_the_last_product_once() -> None:
+def test_each_part_is_computed_twice_and_the_last_product_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(pair()[0], LeanMlps(8))
     mlp = model.base_model.model.model.layers[0].mlp
     activations: list[int] = []
     mlp.act_fn.register_forward_hook(lambda _, __, result: activations.append(len(result)))
     results: list[bool] = []
-    mlp.down_proj.register_forward_hook(
-        lambda module, *_: results.append(module.base_layer.has_result)  # type: ignore[union-attr]
-    )
+    product = Linear4bit.forward_with_lora
+
+    def spy(layer: Linear4bit, *args: Any) -> Tensor:
+        if layer is mlp.down_proj.base_layer:
+            results.append(layer.has_result)
+        return product(layer, *args)
+
+    monkeypatch.setattr(Linear4bit, "forward_with_lora", spy)
     gradients(model)
     assert activations == [8, 8, 8] * 2
     assert results == [True] * 3 + [False] * 3
@@ -108,6 +114,74 @@ def test_dropout_leaves_it_as_it_is() -> None:
         found.append(gradients(each))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("name", ["DoRA", "IA3"])
+def test_adapters_that_read_the_result_are_recomputed_in_the_ordinary_way(name: str) -> None:
+    import peft
+
+    targets = ["up_proj", "down_proj"]
+    configs = {
+        "DoRA": lambda: peft.LoraConfig(r=4, target_modules=targets, use_dora=True),
+        "IA3": lambda: peft.IA3Config(target_modules=targets, feedforward_modules=[]),
+    }
+    found = []
+    for lean in (None, LeanMlps(8)):
+        base = qlora.prepare(pair()[0])
+        if lean is not None:
+            use_checkpoints(base, partial(layer_checkpoints, is_offloaded=False, lean=lean))
+        torch.manual_seed(3)
+        model = peft.get_peft_model(base, configs[name]()).train()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn(parameter.shape), alpha=0.05)
+        torch.manual_seed(5)
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[1][key], value) for key, value in found[0].items())
+
+
+def test_dropout_that_is_no_module_leaves_it_as_it_is() -> None:
+    from transformers import SeedOssConfig, SeedOssForCausalLM
+
+    def seed_oss() -> Any:
+        torch.manual_seed(0)
+        config = SeedOssConfig(
+            **dict(vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16),
+            **dict(num_attention_heads=4, num_key_value_heads=2, residual_dropout=0.5),
+        )
+        return qlora.quantize_(SeedOssForCausalLM(config))
+
+    found = []
+    for lean in (None, LeanMlps(8)):
+        model = adapted(seed_oss(), lean)
+        torch.manual_seed(5)
+        found.append(gradients(model))
+    assert all(torch.equal(found[1][key], value) for key, value in found[0].items())
+
+
+def test_merged_adapters_have_no_gradient() -> None:
+    found = []
+    for lean in (None, LeanMlps(8)):
+        model = adapted(pair()[0], lean)
+        model.base_model.model.model.layers[1].mlp.up_proj.merge()
+        found.append(gradients(model))
+    assert not any("1.mlp.up_proj" in name for name in found[1])
+    assert_close(found[1], found[0])
+
+
+def test_hooks_see_the_result_and_a_replaced_forward_stays() -> None:
+    model = adapted(pair()[0], LeanMlps(8))
+    seen: list[Tensor] = []
+    layer = model.base_model.model.model.layers[0]
+    layer.mlp.down_proj.register_forward_hook(lambda _, __, result: seen.append(result.detach().clone()))
+    gradients(model)
+    assert len(seen) == 6
+    for first, again in zip(seen[:3], seen[3:], strict=True):
+        assert torch.allclose(first, again, rtol=1e-5, atol=1e-5)
+    replaced = layer.mlp.forward = lambda x: x
+    LeanMlps().take([layer])
+    assert layer.mlp.forward is replaced
 
 
 def test_tiles_hold_less() -> None:

@@ -154,6 +154,30 @@ def test_a_pass_without_backward_changes_nothing() -> None:
     assert watched.budget is not None and watched.budget.num_kept > 0
 
 
+def test_neither_a_layer_called_without_gradients_nor_one_called_again_begins_a_pass() -> None:
+    """As by transformers before 5.24, whose layers call their checkpoint function without gradients too."""
+    watched = Watched(1 << 40)
+    budget, ids = watched.budget, torch.arange(64).view(1, 64)
+    assert budget is not None
+    loss = watched.model(input_ids=ids, labels=ids).loss
+    begun, hidden = budget._pass, torch.ones(1, 64, 64)
+    with torch.no_grad():
+        for index in range(LAYERS):
+            budget.run(index, lambda x: x, hidden)
+    assert budget._pass is begun
+    loss.backward()
+    for _ in range(2):
+        watched.step()
+    assert budget.num_kept > 0
+
+    watched.model.zero_grad()
+    passes = []
+    for index in (0, 1, 1, 2, 0):
+        budget.run(index, lambda x: x, hidden)
+        passes.append(budget._pass)
+    assert passes[0] is passes[1] is passes[2] is passes[3] is not passes[4]
+
+
 def test_a_copy_measures_for_itself() -> None:
     watched = Watched(1 << 40)
     for _ in range(2):

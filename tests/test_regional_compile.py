@@ -201,9 +201,13 @@ def test_names_hooks_and_classes_stay_and_copies_are_as_before(tmp_path):
     assert list(model.state_dict()) == names and calls == [1]
     assert isinstance(layers[0], cls) and type(layers[0]) is not cls
     assert repr(type(layers[0])) == repr(cls)
-    copied = copy.deepcopy(layers[0])
-    assert type(copied) is cls
-    assert type(pickle.loads(pickle.dumps(copied))) is cls
+    copies = [copy.deepcopy(layers[0])]
+    copies += [
+        pickle.loads(pickle.dumps(layers[0], protocol)) for protocol in (0, 2, pickle.DEFAULT_PROTOCOL)
+    ]
+    for copied in copies:
+        assert type(copied) is cls
+        assert_same_tensors(dict(copied.state_dict()), dict(layers[0].state_dict()))
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
     uncompile_layers(model)
@@ -283,6 +287,22 @@ def test_a_cache_in_training_is_filled_by_eager_layers_with_a_warning():
     with pytest.warns(UserWarning, match="to fill a cache: pass use_cache=False"):
         output = model(input_ids=tokens(), use_cache=True)
     assert output.past_key_values.get_seq_length() == 12
+
+
+def test_hooks_inside_a_layer_are_called_by_that_layer_and_keep_it_alone_from_compiled_code():
+    expected, model = loss_and_gradients(make_model()), make_model()
+    compile_layers(model, backend="aot_eager")
+    loss_and_gradients(model)
+    calls: list[int] = []
+    attention = model.get_base_model().model.layers[1].self_attn
+    handle = attention.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(UserWarning, match="modules inside them have hooks"):
+        assert_close(loss_and_gradients(model), expected, 1e-5)
+    assert calls == [1, 1] and compiled_layers(model) == {"LlamaDecoderLayer": 3}
+    handle.remove()
+    with counted_graphs() as graphs:
+        assert_close(loss_and_gradients(model), expected, 1e-5)
+    assert calls == [1, 1] and graphs == [0]
 
 
 def test_prepare_takes_it_and_refuses_a_model_without_layers():

@@ -214,7 +214,8 @@ class OffloadedCheckpoint:
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     """What tells a tensor that is alive, however often it is wrapped, without holding it."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.dtype
+    place = tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return *place, tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _unpack(saved: Tensor | _Parked) -> Tensor:

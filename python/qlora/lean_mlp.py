@@ -61,7 +61,10 @@ class LeanMlps:
         self.is_useful = True
 
     def take(self, layers: list[nn.Module]) -> None:
-        """Those among the layers' parts that have gate_proj, up_proj, down_proj and an activation, and no more."""
+        """Those among the layers' parts that have gate_proj, up_proj, down_proj and an activation, and no more.
+
+        Not those whose `forward` somebody has replaced.
+        """
         for layer in layers:
             for part in layer.children():
                 if _is_gated(part):
@@ -73,6 +76,9 @@ class LeanMlps:
 
 
 def _is_gated(module: nn.Module) -> bool:
+    replaced = vars(module).get("forward")
+    if replaced is not None and getattr(replaced, "func", None) is not _forward:
+        return False
     names = {name for name, child in module.named_children() if next(child.parameters(), None) is not None}
     return names == _PARTS and not any(True for _ in module.parameters(recurse=False))
 
@@ -80,7 +86,7 @@ def _is_gated(module: nn.Module) -> bool:
 def _forward(mlp: Any, x: Tensor) -> Tensor:
     plain = type(mlp).forward
     run = None if torch.compiler.is_compiling() else _current.get()
-    if run is None or not x.requires_grad or not torch.is_grad_enabled() or _drops(mlp):
+    if run is None or not x.requires_grad or not torch.is_grad_enabled() or not _is_served(mlp):
         result: Tensor = plain(mlp, x)
         return result
     trained = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
@@ -95,8 +101,31 @@ def _forward(mlp: Any, x: Tensor) -> Tensor:
     return lean
 
 
-def _drops(mlp: nn.Module) -> bool:
-    return any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in mlp.modules())
+def _is_served(mlp: nn.Module) -> bool:
+    """Whether all that it computes is known to draw no random numbers, and its products to be read by nobody."""
+    products = [module for name, module in mlp.named_children() if name in _PARTS]
+    return not _drops(mlp) and all(_is_known(product) for product in products)
+
+
+def _drops(mlp: Any) -> bool:
+    if any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in mlp.modules()):
+        return True
+    return mlp.training and any("dropout" in name and value for name, value in vars(mlp).items())
+
+
+def _is_known(product: Any) -> bool:
+    """A linear layer or plain LoRA over one. Other adapters may draw, or have gradients that depend on the result: DoRA,
+    IA3, BOFT."""
+    if "forward" in vars(product):
+        return False
+    if isinstance(product, nn.Linear):
+        return True
+    variants = getattr(product, "lora_variant", None)
+    return (
+        variants is not None
+        and isinstance(product.base_layer, nn.Linear)
+        and not any(name in variants for name in product.active_adapters)
+    )
 
 
 class _Saved(torch.autograd.Function):
@@ -128,20 +157,23 @@ class _LeanMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved.saved_tensors
         kind, dtype, is_enabled = ctx.autocast
-        gradients: list[Tensor] | None = None
+        sums: list[Tensor] = []  # of the trained parameters that are used: merged adapters are not
+        is_used: list[bool] = []
         towards_x: list[Tensor] = []
         for part, grad_rows in zip(_tiles(x, ctx.tile), _tiles(grad, ctx.tile), strict=True):
             rows = part.detach().requires_grad_()
             with torch.enable_grad(), torch.autocast(kind, dtype, is_enabled), _no_result(ctx.mlp.down_proj):
                 result = type(ctx.mlp).forward(ctx.mlp, rows)
-            towards, *found = torch.autograd.grad(result, [rows, *ctx.trained], grad_rows)
+            towards, *found = torch.autograd.grad(result, [rows, *ctx.trained], grad_rows, allow_unused=True)
             towards_x.append(towards)
-            if gradients is None:
-                gradients = found
-            elif gradients:
-                torch._foreach_add_(gradients, found)
+            used = [each for each in found if each is not None]
+            if not sums:
+                sums, is_used = used, [each is not None for each in found]
+            else:
+                torch._foreach_add_(sums, used)
         dx = (towards_x[0] if len(towards_x) == 1 else torch.cat(towards_x)).view(x.shape)
-        return dx, None, None, None, *(gradients or [])
+        gradients = iter(sums)
+        return dx, None, None, None, *(next(gradients) if each else None for each in is_used)
 
 
 def _tiles(x: Tensor, tile: int) -> tuple[Tensor, ...]:
@@ -153,9 +185,12 @@ def _tiles(x: Tensor, tile: int) -> tuple[Tensor, ...]:
 
 @contextmanager
 def _no_result(module: Any) -> Iterator[None]:
-    """Meanwhile a 4-bit layer computes what its backward pass reads, but its result is arbitrary."""
+    """Meanwhile a 4-bit layer computes what its backward pass reads, but its result is arbitrary.
+
+    Not where a hook may look at it.
+    """
     layer = getattr(module, "base_layer", module)
-    if not isinstance(layer, Linear4bit):
+    if not isinstance(layer, Linear4bit) or module._forward_hooks or layer._forward_hooks:
         yield
         return
     layer.has_result = False

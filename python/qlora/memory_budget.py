@@ -205,9 +205,10 @@ class MemoryBudget:
 
     def run(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
         """function(*args) of a layer, kept or to be recomputed."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return self._checkpoint(function, *args)
-        if self._pass is None or index <= self._last_index:
+        # The index before again: a layer that could not be compiled is called once more.
+        if self._pass is None or index == 0 or index < self._last_index:
             self._pass = None  # lets go of the one before
             self._pass = self._begin(args[0])
         self._last_index = index
@@ -217,6 +218,7 @@ class MemoryBudget:
         else:
             result = self._keep(current, index, function, *args)
         if index == self.num_layers - 1:
+            self._last_index = self.num_layers
             self._watch(current, result)
         return result
 

@@ -68,16 +68,7 @@ def prepare(
     _set_use_cache(base, not (gradient_checkpointing or compile))
     if gradient_checkpointing:
         _enable_checkpointing(base, use_reentrant)
-        if gradient_checkpointing == "offload" or num_bytes is not None:
-            use_checkpoints(
-                base,
-                partial(
-                    layer_checkpoints,
-                    is_offloaded=gradient_checkpointing == "offload",
-                    num_bytes=num_bytes,
-                    lean=LeanMlps(),
-                ),
-            )
+        save_memory(base, gradient_checkpointing, num_bytes)
     if embedding_offload:
         offload_embeddings(base)
     if low_memory_loss:
@@ -85,6 +76,18 @@ def prepare(
     if compile:
         compile_layers(base)
     return model
+
+
+def save_memory(
+    base: Any, gradient_checkpointing: bool | str, num_bytes: int | None, **stand_ins: Any
+) -> None:
+    """What "offload" and a memory budget of num_bytes make of checkpointing; stand_ins are for `layer_checkpoints`."""
+    is_offloaded = gradient_checkpointing == "offload"
+    if is_offloaded or num_bytes is not None:
+        make = partial(
+            layer_checkpoints, is_offloaded=is_offloaded, num_bytes=num_bytes, lean=LeanMlps(), **stand_ins
+        )
+        use_checkpoints(base, make)
 
 
 def check_checkpointing(
@@ -139,6 +142,7 @@ def _enable_checkpointing(base: Any, use_reentrant: bool) -> None:
             f"qlora.prepare: gradient_checkpointing: expected a transformers model that supports it, got "
             f"{type(base).__name__}; pass gradient_checkpointing=False"
         )
+    vars(base).pop("_set_gradient_checkpointing", None)  # of an earlier call (checkpointing.use_checkpoints)
     had_hooks = bool(getattr(base, "_require_grads_hooks", None))
     # transformers 5.23 renamed it; the old name goes with transformers 6.
     if hasattr(base, "activation_checkpointing_enable"):

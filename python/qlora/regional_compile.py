@@ -6,7 +6,8 @@ Python calls once instead of operation by operation. All layers of a class share
 
 A layer's class is replaced by a subclass of it whose `forward` calls the compiled code, so names in the state dict,
 hooks, adapters and `isinstance` stay what they are. Compiled is what computes gradients and fills no cache; evaluation
-and generation run as before.
+and generation run as before, and so does a layer with hooks on modules inside it: torch.compile takes no notice of hooks
+that come later, or that one layer has and another does not.
 
 Checkpointing. Plain non-reentrant checkpointing is traced into the graphs: the backward graph computes the layer again
 in the order it needs it, fused with the gradients, and leaves out what no gradient needs. Any other checkpointing
@@ -15,6 +16,7 @@ function (reentrant, offloading) is called around the compiled layer.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import types
 import warnings
@@ -22,10 +24,12 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from . import compile_passes
 
@@ -113,6 +117,9 @@ class Region:
         # without.
         self._context: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunctionSubclass
         self._warned: set[str] = set()
+        self._without_hooks: WeakKeyDictionary[nn.Module, int] = (
+            WeakKeyDictionary()
+        )  # what `next_id` was then
 
         def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return layer_class.forward(layer, *args, **kwargs)
@@ -177,7 +184,19 @@ class Region:
         if any(kwargs.get(name) is not None for name in _CACHES):
             self._warn("run without torch.compile where they are to fill a cache: pass use_cache=False")
             return False
+        if self._has_hooks_inside(layer):
+            self._warn("run without torch.compile where modules inside them have hooks")
+            return False
         return True
+
+    def _has_hooks_inside(self, layer: nn.Module) -> bool:
+        latest = RemovableHandle.next_id  # grows with every hook
+        if self._without_hooks.get(layer) == latest:
+            return False
+        if any(_has_hooks(module) for module in layer.modules() if module is not layer):
+            return True
+        self._without_hooks[layer] = latest
+        return False
 
     def _switch_off(self, error: Exception) -> None:
         self.is_off = True
@@ -190,6 +209,15 @@ class Region:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(f"qlora: layers of class {self.layer_class.__name__} {what}", stacklevel=2)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -216,6 +244,8 @@ def _subclass(region: Region) -> type[nn.Module]:
         """Copies and pickles are of the class as it was."""
         reduced: Any = base.__reduce_ex__(self, protocol)
         function, arguments, *rest = reduced
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]  # pickle demands the object's own class of it
+            function, arguments = copyreg._reconstructor, (base, object, None)  # type: ignore[attr-defined]
         return function, (base, *arguments[1:]), *rest
 
     members = {

@@ -10,18 +10,15 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..checkpointing import layer_checkpoints, use_checkpoints
 from ..config import QuantConfig
 from ..format import QUANT_TYPES, nested_quant_map
 from ..lazy_logits import LazyHead
-from ..lean_mlp import LeanMlps
 from ..lora import add_lora
 from ..memory_budget import MemoryBudget
 from ..nn.convert import quantize_
@@ -29,7 +26,7 @@ from ..nn.group import unlink_groups
 from ..nn.module import Module4bit
 from ..nn.quant_state import code_tensor
 from ..nn.tensor import quantize_tensor
-from ..preparation import prepare
+from ..preparation import prepare, save_memory
 from .layers import FakeCopies, TimelineMeter, no_line
 from .terms import ADAPTERS, NOT_QUANTISED, SCALES, WEIGHTS
 
@@ -101,19 +98,14 @@ def trainable(
         prepared = prepare(
             model, gradient_checkpointing=bool(gradient_checkpointing), embedding_offload=embedding_offload
         )
-        if gradient_checkpointing == "offload" or memory_budget is not None:
-            use_checkpoints(
-                prepared,
-                partial(
-                    layer_checkpoints,
-                    is_offloaded=gradient_checkpointing == "offload",
-                    num_bytes=memory_budget,
-                    lean=LeanMlps(),
-                    make_copies=lambda _: FakeCopies(),
-                    make_meter=lambda _: meter,
-                    tell=no_line,
-                ),
-            )
+        save_memory(
+            prepared,
+            gradient_checkpointing,
+            memory_budget,
+            make_copies=lambda _: FakeCopies(),
+            make_meter=lambda _: meter,
+            tell=no_line,
+        )
     with torch.device("meta"):
         adapted: nn.Module = add_lora(prepared, r=r, targets=targets)
     return adapted.train()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -47,5 +45,5 @@ class TimelineMeter:
         self.timeline.highest = self.timeline.held
 
 
-def no_line(_: str) -> Any:
+def no_line(_: str) -> None:
     """For a plan that nobody is to be told of."""

@@ -24,9 +24,11 @@ def compile_layers(trainer: Any, arguments: QloraArguments, device: torch.device
         return "layers: eager (compile_layers false)"
     if arguments.compile_layers == "auto" and reason is not None:
         return f"layers: eager (compile_layers auto: {reason})"
-    # Packed examples are all of one length; the graphs for one length are a little faster than those for any.
+    # Rows that packing cuts to max_length are all of one length; the graphs for one are a little faster than those for
+    # any. Other packings fill rows with whole examples, as far as they fit.
+    is_one_length = trainer.args.packing and trainer.args.packing_strategy == "wrapped"
     counts = regional_compile.compile_layers(
-        trainer.model.get_base_model(), dynamic=None if trainer.args.packing else True
+        trainer.model.get_base_model(), dynamic=None if is_one_length else True
     )
     what = ", ".join(f"{count} {name}" for name, count in counts.items())
     return f"layers: {what} compiled at the first step, which takes 10 to 25 s longer"
