@@ -116,14 +116,15 @@ def test_dropout_leaves_it_as_it_is() -> None:
     assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
 
 
-@pytest.mark.parametrize("name", ["DoRA", "IA3"])
-def test_adapters_that_read_the_result_are_recomputed_in_the_ordinary_way(name: str) -> None:
+@pytest.mark.parametrize("name", ["DoRA", "IA3", "PVeRA"])
+def test_adapters_that_read_the_result_or_draw_are_recomputed_in_the_ordinary_way(name: str) -> None:
     import peft
 
     targets = ["up_proj", "down_proj"]
     configs = {
         "DoRA": lambda: peft.LoraConfig(r=4, target_modules=targets, use_dora=True),
         "IA3": lambda: peft.IA3Config(target_modules=targets, feedforward_modules=[]),
+        "PVeRA": lambda: peft.PveraConfig(r=4, target_modules=targets),  # draws in every pass
     }
     found = []
     for lean in (None, LeanMlps(8)):

@@ -114,11 +114,11 @@ def _drops(mlp: Any) -> bool:
 
 
 def _is_known(product: Any) -> bool:
-    """A linear layer or plain LoRA over one. Other adapters may draw, or have gradients that depend on the result: DoRA,
-    IA3, BOFT."""
+    """A linear layer or plain LoRA over one. Other adapters, some of which are linear layers by class, may draw, or have
+    gradients that depend on the result: DoRA, IA3, BOFT, PVeRA."""
     if "forward" in vars(product):
         return False
-    if isinstance(product, nn.Linear):
+    if isinstance(product, nn.Linear) and not hasattr(product, "base_layer"):
         return True
     variants = getattr(product, "lora_variant", None)
     return (
