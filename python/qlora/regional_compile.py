@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from . import compile_passes
+from .nn.module import has_hooks
 
 __all__ = ["compile_layers", "compiled_layers", "uncompile_layers"]
 
@@ -193,7 +194,7 @@ class Region:
         latest = RemovableHandle.next_id  # grows with every hook
         if self._without_hooks.get(layer) == latest:
             return False
-        if any(_has_hooks(module) for module in layer.modules() if module is not layer):
+        if any(has_hooks(module) for module in layer.modules() if module is not layer):
             return True
         self._without_hooks[layer] = latest
         return False
@@ -209,15 +210,6 @@ class Region:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(f"qlora: layers of class {self.layer_class.__name__} {what}", stacklevel=2)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -28,6 +28,7 @@ from ..nn import function
 from ..nn.convert import dequantize_module, is_conv1d
 from ..nn.embedding import Embedding4bit
 from ..nn.linear import Linear4bit
+from ..nn.module import has_hooks
 from .peft_dora import Dora4bitVariant
 from .peft_init import DenseInits
 from .peft_weight import KeptWeight, set_dense_weight
@@ -221,13 +222,13 @@ class LoraLinear4bit(_ExactMerge, DenseInits, Linear):
 
     def _is_plain(self, names: list[str]) -> bool:
         """Whether nobody watches or wraps the parts that the fast path does not call as modules."""
-        if _has_hooks(self.base_layer):
+        if has_hooks(self.base_layer):
             return False
         for name in names:
             for part in (self.lora_A[name], self.lora_B[name]):
-                if type(part) is not nn.Linear or _has_hooks(part) or "forward" in part.__dict__:
+                if type(part) is not nn.Linear or has_hooks(part) or "forward" in part.__dict__:
                     return False
-            if _has_hooks(self.lora_dropout[name]):
+            if has_hooks(self.lora_dropout[name]):
                 return False
             if name in self.lora_variant:
                 return False
@@ -338,15 +339,6 @@ class LoraEmbedding4bit(_ExactMerge, Embedding):
     def _low_rank_product(self, name: str) -> Tensor:
         """(B A)^T: float32 [num_embeddings, embedding_dim]."""
         return (self.lora_embedding_B[name].float() @ self.lora_embedding_A[name].float()).t()
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _product_dtype(result: Tensor) -> torch.dtype:

@@ -172,3 +172,13 @@ class Module4bit(torch.nn.Module):
             return "4-bit"
         scales = "double-quantised scales" if weight.compress_statistics else "fp32 scales"
         return f"{weight.quant_type}, block_size={weight.blocksize}, {scales}"
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether somebody is to be told of the module's forward or backward passes, which who replaces them would not do."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
