@@ -71,6 +71,17 @@ def test_a_key_that_cannot_be_meant_is_one_error(key: str, values: list[str], me
         read(None, [(key, values)])
 
 
+@pytest.mark.parametrize(("key", "value"), [("checkpointing_offload", "true"), ("memory_budget", "24GB")])
+def test_what_needs_checkpointing_is_refused_without_it(key: str, value: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"gradient_checkpointing: expected true, .*beside {key}, got false"
+    ):
+        read(None, [("gradient_checkpointing", ["false"]), (key, [value])])
+    for allowed in ([], [("gradient_checkpointing", ["true"])]):
+        assert key in read(None, [*allowed, (key, [value])]).ours
+    assert read(None, [("gradient_checkpointing", ["false"]), ("checkpointing_offload", ["false"])]).sft
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("[1, 2]", "expected `key: value` lines in .*, got a list"), ("a: [", "is not valid YAML")],

@@ -184,7 +184,8 @@ class Config:
 def read(path: Path | None, keys: list[tuple[str, list[str]]]) -> Config:
     """Merges the YAML file at `path` (if any) with command-line `keys` [(key, words), ...], which win.
 
-    Raises ConfigError for an unknown key (with the nearest known one), a value of the wrong type, or an unreadable file.
+    Raises ConfigError for an unknown key (with the nearest known one), a value of the wrong type, keys that
+    exclude each other, or an unreadable file.
     """
     pairs = [] if path is None else _yaml_pairs(path)
     pairs += keys
@@ -212,10 +213,22 @@ def read(path: Path | None, keys: list[tuple[str, list[str]]]) -> Config:
         words += _option(name, values)
     given = {**vars(parser.parse_args(words)), **dict.fromkeys(nones)}
     names = {f.name for f in dataclasses.fields(QloraArguments)}
-    return Config(
+    config = Config(
         {key: value for key, value in given.items() if key in names},
         {key: value for key, value in given.items() if key not in names},
     )
+    _check_checkpointing(config)
+    return config
+
+
+def _check_checkpointing(config: Config) -> None:
+    """Raises ConfigError where what needs checkpointing is asked for and checkpointing ruled out."""
+    asking = [key for key in ("checkpointing_offload", "memory_budget") if config.ours.get(key)]
+    if asking and config.sft.get("gradient_checkpointing") is False:
+        names = " and ".join(asking)
+        raise ConfigError(
+            f"gradient_checkpointing: expected true, or not to be given, beside {names}, got false"
+        )
 
 
 def take_keys(words: list[str], own: dict[str, int]) -> tuple[list[str], list[tuple[str, list[str]]]]:
