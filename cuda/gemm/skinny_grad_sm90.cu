@@ -141,23 +141,9 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_grad_kernel(const __grid_c
 
 int tokens_of(const Gemm& problem) { return problem.m <= 8 ? 8 : problem.m <= 16 ? 16 : kMaxTokens; }
 
-// Clusters of so many blocks that run at once.
 template <int kTokens>
-int count_clusters(const void* kernel, int cluster) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(cluster));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes<kTokens>;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int count = 0;
-  check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
-  return count;
+int clusters_at_once(const void* kernel, int cluster) {
+  return count_clusters(kernel, LaunchShape{static_cast<unsigned>(cluster), kThreads, kSharedBytes<kTokens>, cluster});
 }
 
 // The same for any number of rows.
@@ -211,7 +197,7 @@ void skinny_grad_sm90(const Gemm& problem, const Device& device, cudaStream_t st
       allow_shared_bytes(device, pointer, kSharedBytes<tokens()>);
       arguments.is_cluster =
           tokens() <= kMaxClusterTokens && arguments.num_parts > 1 && arguments.num_parts <= kMaxCluster &&
-          arguments.num_tiles <= remember(device, pointer, arguments.num_parts, count_clusters<tokens()>);
+          arguments.num_tiles <= remember(device, pointer, arguments.num_parts, clusters_at_once<tokens()>);
       const bool has_parts = arguments.num_parts > 1 && !arguments.is_cluster;
       arguments.parts = has_parts ? static_cast<float*>(problem.workspace) : nullptr;
       const auto blocks = static_cast<unsigned>(int64_t{arguments.num_tiles} * arguments.num_parts);

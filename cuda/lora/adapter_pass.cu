@@ -231,20 +231,8 @@ int clusters_at_once(const void* kernel, int cluster) {
   check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
              "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(cluster));
-  config.blockDim = dim3(static_cast<unsigned>(attributes.maxThreadsPerBlock));
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int count = 0;
-  check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
-  return count;
+  return count_clusters(kernel,
+                        LaunchShape{static_cast<unsigned>(cluster), attributes.maxThreadsPerBlock, bytes, cluster});
 }
 
 int blocks_in_clusters(const Device& device, const void* kernel, int cluster) {
