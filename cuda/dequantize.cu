@@ -27,6 +27,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRowsPerWarp = 4;  // loads in flight a lane; a guess until measured
+constexpr int64_t kBlocksPerMultiprocessor = 8;
 constexpr int64_t kRowsPerBlock = kWarps * kRowsPerWarp;
 
 // Value (r, c) of the window has flat index first + r * row_stride + c in the weight and r * leading_dimension + c in
@@ -109,7 +110,14 @@ void dequantize_units(const qlora_weight_4bit& weight, const FlatWindow& window,
 // is_dense: the window is contiguous in the weight and in y.
 template <typename T, Format F>
 void dequantize_window(const qlora_weight_4bit& weight, const FlatWindow& window, bool is_dense, T* y,
-                       cudaStream_t stream) {
+                       int multiprocessors, cudaStream_t stream) {
+  if (multiprocessors > 0) {
+    const int64_t limit = multiprocessors * kBlocksPerMultiprocessor;
+    launch("dequantize_plain_kernel", dequantize_plain_kernel<T, F>,
+           grid_size(window.rows * window.cols, kThreads, limit), kThreads, stream, weight.packed, scales_of(weight),
+           window, y);
+    return;
+  }
   constexpr int64_t kUnit = kValuesPer16Bytes<T>;
   constexpr int64_t kColsPerWarp = 32 * kUnit;
   const bool has_alignment = window.first % kUnit == 0 && is_aligned(weight.packed, 4) && is_aligned(y, 16);
@@ -136,7 +144,7 @@ void dequantize_window(const qlora_weight_4bit& weight, const FlatWindow& window
 }  // namespace
 
 void dequantize_4bit(const qlora_weight_4bit& weight, const Window& window, void* y, int64_t leading_dimension,
-                     qlora_dtype dtype, cudaStream_t stream) {
+                     qlora_dtype dtype, int multiprocessors, const Device&, cudaStream_t stream) {
   const int64_t rows = window.row_end - window.row_begin;
   const int64_t cols = window.col_end - window.col_begin;
   if (rows <= 0 || cols <= 0) return;
@@ -147,7 +155,8 @@ void dequantize_4bit(const qlora_weight_4bit& weight, const Window& window, void
   dispatch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     dispatch_format(weight.format, [&](auto format_tag) {
-      dequantize_window<T, decltype(format_tag)::value>(weight, flat, is_dense, static_cast<T*>(y), stream);
+      dequantize_window<T, decltype(format_tag)::value>(weight, flat, is_dense, static_cast<T*>(y), multiprocessors,
+                                                        stream);
     });
   });
 }

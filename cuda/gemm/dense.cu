@@ -166,9 +166,10 @@ void dense(const Gemm& problem, const Device& device, cudaStream_t stream) {
     const Window window = is_forward ? Window{begin, end, 0, k} : Window{0, n, begin, end};
     const int64_t chunk_row = window.col_end - window.col_begin;
     if (is_in_weight) {
-      merged_weight(problem.weight, *problem.low_rank.adapter, window, chunk, chunk_row, problem.dtype, device, stream);
+      merged_weight(problem.weight, *problem.low_rank.adapter, window, chunk, chunk_row, problem.dtype, 0, device,
+                    stream);
     } else {
-      dequantize_4bit(problem.weight, window, chunk, chunk_row, problem.dtype, stream);
+      dequantize_4bit(problem.weight, window, chunk, chunk_row, problem.dtype, 0, device, stream);
     }
     CublasGemm gemm = {};
     gemm.dtype = problem.dtype;

@@ -150,12 +150,13 @@ __global__ __launch_bounds__(kThreads,
 int shared_bytes(int64_t rank) { return static_cast<int>(round_up(rank, 16)) * kCols * 2; }
 
 template <typename T, Format F, bool kIsNested>
-void launch_merged(Arguments arguments, T* y, const Device& device, cudaStream_t stream) {
+void launch_merged(Arguments arguments, T* y, int multiprocessors, const Device& device, cudaStream_t stream) {
   const auto kernel = merged_weight_kernel<T, F, kIsNested>;
   const int bytes = shared_bytes(arguments.rank);
   allow_shared_bytes(device, reinterpret_cast<const void*>(kernel), bytes);
   arguments.num_col_blocks = static_cast<int>(ceil_div(arguments.cols, kCols));
-  const int64_t wanted = device.num_multiprocessors * kMinBlocks / arguments.num_col_blocks;
+  const int64_t wanted =
+      (multiprocessors > 0 ? multiprocessors : device.num_multiprocessors) * kMinBlocks / arguments.num_col_blocks;
   const int64_t row_blocks = std::clamp<int64_t>(wanted, 1, ceil_div(arguments.rows, kRows));
   arguments.rows_per_block = round_up(ceil_div(arguments.rows, row_blocks), kRows);
   const int64_t blocks = ceil_div(arguments.rows, arguments.rows_per_block) * arguments.num_col_blocks;
@@ -171,7 +172,8 @@ bool supports_merged_weight(const qlora_weight_4bit& weight, int64_t rank, qlora
 }
 
 void merged_weight(const qlora_weight_4bit& weight, const qlora_lora& lora, const Window& window, void* y,
-                   int64_t leading_dimension, qlora_dtype dtype, const Device& device, cudaStream_t stream) {
+                   int64_t leading_dimension, qlora_dtype dtype, int multiprocessors, const Device& device,
+                   cudaStream_t stream) {
   Arguments arguments = {};
   arguments.packed = weight.packed;
   arguments.scales = scales_of(weight);
@@ -190,8 +192,8 @@ void merged_weight(const qlora_weight_4bit& weight, const qlora_lora& lora, cons
     if constexpr (!std::is_same_v<T, float>) {
       dispatch_format(weight.format, [&](auto format) {
         dispatch_bool(is_nested(weight), [&](auto nested) {
-          launch_merged<T, decltype(format)::value, decltype(nested)::value>(arguments, static_cast<T*>(y), device,
-                                                                             stream);
+          launch_merged<T, decltype(format)::value, decltype(nested)::value>(arguments, static_cast<T*>(y),
+                                                                             multiprocessors, device, stream);
         });
       });
     }
