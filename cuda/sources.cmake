@@ -3,6 +3,7 @@ target_sources(qlora PRIVATE
   cuda/absmax.cu
   cuda/api.cpp
   cuda/dequantize.cu
+  cuda/dequantize_sm90.cu
   cuda/device_guard.cpp
   cuda/device_info.cpp
   cuda/embedding.cu
