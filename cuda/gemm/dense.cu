@@ -45,8 +45,9 @@ constexpr int64_t kMaxProductBytes = int64_t{64} << 20;
 constexpr int64_t kProductBytes = sizeof(float);
 constexpr int64_t kBufferAlignment = 256;
 constexpr int64_t kRankDepthPerRow = 256;  // see adds_to_weight
-constexpr int64_t kMinRowsAhead = 1024;
-constexpr int kDecoders = 0;  // not measured yet
+constexpr int64_t kMinRowsAhead = 8192;
+constexpr int64_t kMinRowsAheadMerged = 16384;  // where the weight has a low-rank term added; a guess
+constexpr int kDecoders = 4;
 constexpr int64_t kWaves = 2;
 constexpr int64_t kTileValues = 128 * 256;  // of the output, that a block of cuBLAS computes
 
@@ -78,10 +79,15 @@ struct Chunks {
 };
 
 // Multiprocessors that decode ahead; 0: none. QLORA_DENSE_DECODERS overrides.
-int num_decoders(const Gemm& problem, const Device& device) {
+//
+// H100, 2026-11, us without and with 4, forward / input gradient of 14336 x 4096: 1478 and 1406 / 1445 and 1426 at 8192
+// rows; 4096 x 14336 1416 and 1405 / 1447 and 1434; 4096 x 4096 416 and 407 / 402 and 406. At 4096 rows 729 and 814 /
+// 684 and 745: 4 multiprocessors decode 15 values a clock each, a product of 2048 columns waits for them. With a
+// low-rank term they decode 6.
+int num_decoders(const Gemm& problem, const Device& device, bool is_in_weight) {
   const bool is_possible = device.major == 9 && problem.dtype != QLORA_FLOAT32 && cublas_shares_device();
   if (!is_possible) return 0;
-  const int otherwise = problem.m >= kMinRowsAhead ? kDecoders : 0;
+  const int otherwise = problem.m >= (is_in_weight ? kMinRowsAheadMerged : kMinRowsAhead) ? kDecoders : 0;
   return static_cast<int>(environment_number("QLORA_DENSE_DECODERS", 0, otherwise));
 }
 
@@ -90,12 +96,12 @@ int64_t columns_of_waves(int64_t m, const Device& device, int decoders) {
   return kWaves * (device.num_multiprocessors - decoders) * kTileValues / m;
 }
 
-Chunks chunks_of(const Gemm& problem, const Device& device) {
+Chunks chunks_of(const Gemm& problem, const Device& device, bool is_in_weight) {
   const bool is_forward = problem.direction == Direction::kForward;
   Chunks chunks = {};
   chunks.width = is_forward ? problem.weight.rows : problem.weight.cols;
   chunks.depth = is_forward ? problem.weight.cols : problem.weight.rows;
-  chunks.decoders = num_decoders(problem, device);
+  chunks.decoders = num_decoders(problem, device, is_in_weight);
   const int64_t column_bytes = chunks.depth * size_of(problem.dtype);
   const bool is_ahead = chunks.decoders > 0;
   const int64_t columns = is_ahead ? columns_of_waves(problem.m, device, chunks.decoders) : best_width(problem.m);
@@ -241,14 +247,18 @@ bool supports_dense(const Gemm& problem, const Device&, std::string* why_not) {
 }
 
 int64_t dense_workspace_size(const Gemm& problem, const Device& device) {
-  const Chunks chunks = chunks_of(problem, device);
-  const int64_t product = problem.has_bias ? problem.m * chunks.step * kProductBytes : 0;
-  return kCublasWorkspaceBytes + num_buffers(chunks) * chunks.buffer_size + product;
+  const auto size = [&](bool is_in_weight) {
+    const Chunks chunks = chunks_of(problem, device, is_in_weight);
+    const int64_t product = problem.has_bias ? problem.m * chunks.step * kProductBytes : 0;
+    return kCublasWorkspaceBytes + num_buffers(chunks) * chunks.buffer_size + product;
+  };
+  // Whether the term is one of the same input, which may be added to the weight, is not known yet.
+  return problem.low_rank.rank == 0 ? size(false) : std::max(size(false), size(true));
 }
 
 void dense(const Gemm& problem, const Device& device, cudaStream_t stream) {
-  const Chunks chunks = chunks_of(problem, device);
   const bool is_in_weight = adds_to_weight(problem, device);
+  const Chunks chunks = chunks_of(problem, device, is_in_weight);
   char* const buffers = static_cast<char*>(problem.workspace) + kCublasWorkspaceBytes;
   float* const product = reinterpret_cast<float*>(buffers + num_buffers(chunks) * chunks.buffer_size);
   const auto buffer = [&](int64_t chunk) { return buffers + chunk % num_buffers(chunks) * chunks.buffer_size; };
