@@ -14,7 +14,7 @@
 //
 // Rounding: of the table's values, of scales and of scaled dy to fp16 (0.008, 0.02 and 0.02 %, rms; a weight rounded to
 // bf16 has 0.17 %), fp32 sums, dx. In fp16 that would be more than other kernels have: bf16 alone.
-// Range: of a sum as with any kernel that adds in fp32, whose parts may pass infinity where the sum would not.
+// Range: that of any sum in fp32, which may pass the largest value on its way to a smaller one.
 #include <cstdint>
 
 #include "core/status.h"

@@ -196,7 +196,8 @@ FUSED: dict[str, tuple[tuple[tuple[int, ...], tuple[tuple[int, int], ...]], ...]
     "wide_sm90": (((3, 100, 300), ((1, 64), (264, 1088), (333, 1024))), ((100, 200), ((17100, 320),))),
     "skinny_grad_sm90": (
         ((3, 12), ((1, 64), (264, 1088), (512, 640), (333, 1024))),
-        ((3, 12), ((320, 17152), (34900, 192))),  # the last: parts of several segments, which fill the ring again
+        # The last: parts of several segments, which fill the ring more than once.
+        ((3, 12), ((320, 17152), (34900, 192))),
     ),
     "wide_grad_sm90": (
         ((3, 20, 50, 100, 200, 300), ((1, 64), (264, 1088), (512, 640), (333, 1024))),
