@@ -39,6 +39,33 @@ def make_llama3_8b(directory: Path, num_layers: int = 32) -> None:
     model.save_pretrained(directory, max_shard_size="2GB")
 
 
+def random_model(stack: str, result: dict[str, Any], config: Any = None, device: int | str = "cuda:0") -> Any:
+    """A model of random weights, made on its device without a checkpoint and converted there; of llama3_8b_config if None.
+
+    Raises:
+        ValueError: stack is neither "qlora" nor "bf16": the others load checkpoints.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if stack not in ("qlora", "bf16"):
+        raise ValueError(
+            f"random_model: stack: expected 'qlora' or 'bf16', got {stack!r}, which needs a checkpoint"
+        )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            config or llama3_8b_config(), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    if stack == "qlora":
+        import qlora
+
+        qlora.quantize_(model)
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        result["model_gb"] = round(torch.cuda.memory_allocated() / 1e9, 2)
+    return model
+
+
 def load_model(stack: str, directory: Path, result: dict[str, Any], device: int | str = "cuda:0") -> Any:
     """The checkpoint as the stack loads it, in NF4 with double quantisation but for "bf16".
 

@@ -40,7 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cases",
-        help="train: batch x length, ... (default: 1x2048,4x2048); generate: batches (default: 1,16)",
+        help="train: batch x length, ... (default: 1x2048,4x2048), for qlora also 4x2048+offload, 4x2048+24GB (a memory "
+        "budget) or 4x2048+none (no checkpointing); generate: batches (default: 1,16)",
+    )
+    parser.add_argument(
+        "--no-checkpoint",
+        action="store_true",
+        help="train: make the random weights on the GPU instead of loading a checkpoint of them (qlora and bf16)",
     )
     parser.add_argument("--targets", choices=("all", "qv"), default="all", help="train: adapted layers")
     parser.add_argument("--rank", type=int, default=16, help="train: LoRA rank (default: %(default)s)")
@@ -146,13 +152,13 @@ def _bench_stacks(
     result["figures"] = figures
     stacks = arguments.stacks.split(",")
     with tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model
-        if model is None:
-            model = Path(scratch)
-            make_llama3_8b(model)
+        model = [] if arguments.model is None else [str(arguments.model)]
+        if not model and not arguments.no_checkpoint:
+            model = [scratch]
+            make_llama3_8b(Path(scratch))
             _release_gpu()
         for stack in stacks:
-            command = [sys.executable, "-m", f"qlora.bench.{module}", stack, str(model), *options]
+            command = [sys.executable, "-m", f"qlora.bench.{module}", stack, *model, *options]
             for cases in _run_stack(command, f"qlora bench {arguments.what}: {stack}"):
                 figures += cases
                 _print_table([_without_profile(case) for case in cases])
