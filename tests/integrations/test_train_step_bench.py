@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("peft", reason="peft is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -59,13 +59,14 @@ def test_other_stacks_have_sizes_only(tmp_path: Path) -> None:
         train_step.save_memory(model, "bf16", Case(2, 8, "offload"))
 
 
-def test_random_weights_need_no_checkpoint_where_the_stack_can_convert_them() -> None:
-    config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-    )
-    result: dict[str, Any] = {}
-    model = llama.random_model("qlora", result, config, "cpu")
-    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
-    assert type(llama.random_model("bf16", result, config, "cpu").lm_head).__name__ == "Linear"
-    with pytest.raises(ValueError, match="got 'bitsandbytes', which needs a checkpoint"):
-        llama.random_model("bitsandbytes", result, config, "cpu")
+@pytest.mark.parametrize("stack", ["qlora", "bf16", "bitsandbytes"])
+def test_random_weights_need_no_checkpoint_and_are_the_same_in_every_stack(stack: str) -> None:
+    if stack == "bitsandbytes":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 99}
+    config = transformers.LlamaConfig(num_hidden_layers=2, **sizes)
+    plain, model = (llama.load_model(name, config, {}, "cpu") for name in ("bf16", stack))
+    layer = model.model.layers[0].mlp.up_proj
+    assert type(layer).__name__ == ("Linear" if stack == "bf16" else "Linear4bit")
+    assert type(layer).__module__.partition(".")[0] == ("torch" if stack == "bf16" else stack)
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)

@@ -3,7 +3,7 @@
 `python -m qlora.bench.train_step STACK [MODEL_DIR] [--cases 1x2048,4x2048] ...` prints a JSON line for each case as it is
 done, and one with all of them last. STACK is `qlora` (with compiled layers), `qlora-eager`, `qlora-liger` (eager, with
 Liger's kernels), `bitsandbytes` (with PEFT's own preparation), `bf16` (LoRA on the 16-bit model) or `unsloth`. Without
-MODEL_DIR qlora and bf16 make random weights of Llama-3-8B's shape on the GPU.
+MODEL_DIR all but Unsloth take random weights of Llama-3-8B's shape, made on the GPU.
 
 A case is batch x length; with qlora it may say how memory is saved: `4x2048+offload` (checkpoints in host memory),
 `4x2048+24GB` (a memory budget) or `4x2048+none` (no checkpointing). Layers are compiled anew for each.
@@ -64,21 +64,21 @@ def load_and_adapt(
     targets: list[str],
     result: dict[str, Any],
     device: int | str = "cuda:0",
+    num_layers: int = 32,
 ) -> Any:
-    """The model with adapters as the stack's documentation builds it; load time and memory go into `result`."""
+    """The model with adapters as the stack's documentation builds it; load time and memory go into `result`.
+
+    Without a directory it is one of random weights, of num_layers layers.
+    """
     if stack == "unsloth":
         if directory is None:
             raise ValueError("unsloth: expected a checkpoint, got none")
         return _load_unsloth(directory, rank, targets, result)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    from qlora.bench.llama import load_model, random_model
+    from qlora.bench.llama import llama3_8b_config, load_model
 
-    base = stack.partition("-")[0]
-    if directory is None:
-        model = random_model(base, result, device=device)
-    else:
-        model = load_model(base, directory, result, device)
+    model = load_model(stack.partition("-")[0], directory or llama3_8b_config(num_layers), result, device)
     if stack.startswith("qlora"):
         import qlora
 
@@ -221,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stack", choices=STACKS)
     parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--layers", type=int, default=32, help="without MODEL_DIR: of how many layers")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", choices=sorted(TARGETS), default="all")
     parser.add_argument("--cases", default="1x2048,4x2048", help="comma-separated, as above")
@@ -236,7 +237,12 @@ def main() -> None:
         import unsloth  # type: ignore[import-not-found]  # noqa: F401
     result: dict[str, Any] = {"stack": arguments.stack, "rank": arguments.rank, "targets": arguments.targets}
     model = load_and_adapt(
-        arguments.stack, arguments.model, arguments.rank, TARGETS[arguments.targets], result
+        arguments.stack,
+        arguments.model,
+        arguments.rank,
+        TARGETS[arguments.targets],
+        result,
+        num_layers=arguments.layers,
     )
     model.train()
     result["cases"] = []
