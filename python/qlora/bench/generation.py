@@ -5,9 +5,8 @@
 for bitsandbytes it does not, since that quantizer does not say that it can be compiled. `bitsandbytes-compiled` says it
 in its place. Without MODEL_DIR the weights are random ones of Llama-3-8B's shape, made on the GPU.
 
-Compiling takes a minute for each stack and batch. With `--in-turn` several processes do it at a time and are timed one by
-one: a process waits for a line on standard input before it loads and another before it times, and prints a line
-`{"state": ...}` when it has loaded and when it is warm.
+Compiling takes a minute for each stack and batch: with `--in-turn` several processes do it at a time and are timed one by
+one (processes.py).
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 
+from qlora.bench import processes
 from qlora.bench.llama import STACKS, llama3_8b_config, load_model
 
 COMPILED = "bitsandbytes-compiled"
@@ -109,16 +108,9 @@ def time_batches(batches: list[Batch], repeats: int, *, in_turn: bool = False) -
         return cases
     for batch in batches:
         batch.warm_up()
-    _wait("warm")
+    processes.say("warm")
+    processes.wait_for_turn()
     return [batch.time(repeats) for batch in batches]
-
-
-def _wait(state: str | None = None) -> None:
-    """Says what is done, and waits for a line."""
-    if state is not None:
-        print(json.dumps({"state": state}), flush=True)
-    if not sys.stdin.readline():
-        sys.exit("nobody waits for the figures")
 
 
 def main() -> None:
@@ -130,18 +122,16 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--in-turn", action="store_true", help="wait for lines on standard input, as said above"
-    )
+    parser.add_argument("--in-turn", action="store_true", help="load and time at lines on standard input")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"stack": arguments.stack}
     if arguments.in_turn:
         import transformers  # noqa: F401  takes long
 
-        _wait()
+        processes.wait_for_turn()
     model = load(arguments.stack, arguments.model or llama3_8b_config(arguments.layers), result)
     if arguments.in_turn:
-        print(json.dumps({"state": "loaded"}), flush=True)
+        processes.say("loaded")
     batches = [
         Batch(model, int(size), arguments.prompt, arguments.new_tokens)
         for size in arguments.batches.split(",")

@@ -1,7 +1,8 @@
 """A process for each stack: one after another, or warmed up together and timed in turn.
 
 A process prints JSON lines: `{"stack": ..., "cases": [...]}` with what is measured of it, the last with all of its cases,
-those before, marked `"partial": true`, with the ones that are done.
+those before, marked `"partial": true`, with the ones that are done. With `--in-turn` it waits for a line on its standard
+input before it loads and another before it times, and prints `{"state": "loaded"}` and `{"state": "warm"}` in time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,17 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 Cases = list[dict[str, Any]]
+
+
+def say(state: str) -> None:
+    """In a process that runs in turn: what it has done."""
+    print(json.dumps({"state": state}), flush=True)
+
+
+def wait_for_turn() -> None:
+    """In a process that runs in turn: until it may go on."""
+    if not sys.stdin.readline():
+        sys.exit("nobody waits for the figures")
 
 
 def run_one_by_one(commands: Iterable[tuple[str, list[str]]]) -> Iterator[Cases]:
@@ -43,8 +55,8 @@ def _run(title: str, command: list[str]) -> Iterator[Cases]:
 
 
 def run_at_once(commands: Iterable[tuple[str, list[str]]]) -> Iterator[Cases]:
-    """The same of processes that know `--in-turn` (generation.py). They load one after another, as loading takes more
-    memory than the model does; warm up together; and are timed one by one."""
+    """The same of processes in turn. They load one after another, as loading takes more memory than the model does; warm up
+    together; and are timed one by one."""
     with contextlib.ExitStack() as stack:
         processes = [
             stack.enter_context(contextlib.closing(_InTurn(title, command))) for title, command in commands
@@ -98,7 +110,7 @@ class _InTurn:
             common = json.loads(line)
             if state is not None and common.get("state") == state:
                 return []
-            if state is None and "cases" in common:
+            if state is None and "cases" in common and "partial" not in common:
                 cases = common.pop("cases")
                 return [{**common, **case} for case in cases]
         if not self._has_failed:

@@ -7,6 +7,7 @@ MODEL_DIR all but Unsloth take random weights of Llama-3-8B's shape, made on the
 
 A case is batch x length; with qlora it may say how memory is saved: `4x2048+offload` (checkpoints in host memory),
 `4x2048+24GB` (a memory budget) or `4x2048+none` (no checkpointing). Layers are compiled anew for each.
+`--in-turn` is for several stacks on one GPU that compile together and are timed in turn (processes.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ TARGETS = {
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "qv": ["q_proj", "v_proj"],
 }
+COMPILERS = ("qlora", "unsloth")
+"""Stacks whose first step takes long."""
 WARM_UP = 3
 BUDGET_WARM_UP = 6  # the plan of a memory budget stands by then
 
@@ -217,6 +220,23 @@ def time_case(model: Any, case: Case, steps: int, *, profile: bool = False) -> d
     return figures
 
 
+def compile_case(model: Any, case: Case) -> float:
+    """The steps that warm up, ahead of `time_case`, and the memory that they took given back: seconds of the first."""
+    import torch
+
+    step = make_step(model, case.batch, case.length)
+    times = []
+    for _ in range(WARM_UP):
+        start = time.perf_counter()
+        float(step())
+        times.append(time.perf_counter() - start)
+    del step
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    return round(times[0], 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stack", choices=STACKS)
@@ -229,26 +249,44 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="also the device time of a step by kind of kernel"
     )
+    parser.add_argument(
+        "--in-turn", action="store_true", help="load, compile and time at lines on standard input"
+    )
     arguments = parser.parse_args()
+    stack = arguments.stack
     cases = [Case.parse(text) for text in arguments.cases.split(",")]
-    if arguments.stack == "unsloth":  # before torch and transformers, which it patches; and it asks a hub
+    if arguments.in_turn and stack == "qlora" and len(cases) > 1:
+        parser.error("--in-turn: expected one case of qlora, for each of which layers are compiled anew")
+    if stack == "unsloth":  # before torch and transformers, which it patches; and it asks a hub
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import unsloth  # type: ignore[import-not-found]  # noqa: F401
-    result: dict[str, Any] = {"stack": arguments.stack, "rank": arguments.rank, "targets": arguments.targets}
+    from qlora.bench import processes
+
+    if arguments.in_turn:
+        processes.wait_for_turn()
+    result: dict[str, Any] = {"stack": stack, "rank": arguments.rank, "targets": arguments.targets}
+    targets = TARGETS[arguments.targets]
     model = load_and_adapt(
-        arguments.stack,
-        arguments.model,
-        arguments.rank,
-        TARGETS[arguments.targets],
-        result,
-        num_layers=arguments.layers,
+        stack, arguments.model, arguments.rank, targets, result, num_layers=arguments.layers
     )
     model.train()
+    first_s = {}
+    if arguments.in_turn:
+        processes.say("loaded")
+        if stack in COMPILERS:
+            for case in cases:
+                save_memory(model, stack, case)
+                first_s[case] = compile_case(model, case)
+        processes.say("warm")
+        processes.wait_for_turn()
     result["cases"] = []
     for case in cases:
-        save_memory(model, arguments.stack, case)
+        if case not in first_s:
+            save_memory(model, stack, case)
         figures = time_case(model, case, arguments.steps, profile=arguments.profile)
+        if case in first_s:
+            figures["first_s"] = first_s[case]
         print(json.dumps(result | {"cases": [figures], "partial": True}), flush=True)
         result["cases"].append(figures)
     print(json.dumps(result))
