@@ -42,7 +42,6 @@ constexpr int kRowSteps = kWarpRows / 8;  // the right operand's columns are 8 r
 constexpr int kLaneCols = 8;
 constexpr int kPairedRows = 2;            // of a lane in a step
 constexpr int kColSteps = kLaneCols / 2;  // the left operand's rows are 2 columns of each of 8 lanes
-constexpr int kMinGroups = 4;
 constexpr int kTableAlignment = 1 << 16;
 constexpr int kScaleStride = kWarpRows + 2;  // floats of a warp: writers of 16 warps and 2 rows meet in no bank
 constexpr int kScaleBuffers = 2;
@@ -176,6 +175,17 @@ __device__ __forceinline__ uint32_t load_right_pair(uint32_t address) {
   return Word<T>::pack(values);
 }
 
+// FloatPairTable's, without the shuffles of its own filling: the compiler takes them for divergent, and pays for that
+// at each access to memory from there on.
+__device__ __forceinline__ void fill_table(unsigned char* table, const CodeValues& values) {
+  auto* const pairs = reinterpret_cast<float2*>(table) + threadIdx.x % 32;
+#pragma unroll 4
+  for (int i = 0; i < 256 / kWarps; ++i) {
+    const int entry = i * kWarps + static_cast<int>(threadIdx.x) / 32;
+    pairs[entry * 32] = make_float2(values.of_code[entry / kNumCodes], values.of_code[entry % kNumCodes]);
+  }
+}
+
 // kSteps: of 16 ranks, whose left operand stays in registers; 0: any number, read for each tile.
 template <typename T, bool kIsNested, int kSteps>
 __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid_constant__ Arguments arguments,
@@ -187,7 +197,7 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
   const uint32_t table_address = (base + sizeof(Shared) + kTableAlignment - 1) / kTableAlignment * kTableAlignment;
   unsigned char* const table_memory = shared_memory + (table_address - base);
   const uint32_t right = table_address + arguments.right_offset;
-  FloatPairTable::fill<kThreads>(table_memory, arguments.codes);
+  fill_table(table_memory, arguments.codes);
   const FloatPairTable table(table_memory);
   const int log2_groups = arguments.log2_groups;
   const int tile_rows = kWarps * kWarpRows >> log2_groups;
@@ -304,7 +314,7 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
     commit_copies();
 
     const Place next_codes_at = tiles_left > 1 ? next : place;
-    const uint8_t* const next_codes = codes_of(next_codes_at);
+    const uint8_t* const next_codes = keep(codes_of(next_codes_at));
     const int next_last = last_row_of(next_codes_at);
     const int group = (place.col << log2_groups) + warp_group;
     const bool has_columns = group <= last_group;
