@@ -1,6 +1,7 @@
 // y = W + scaling B A over a window of W, 16 bits, rounded once: a weight with its adapter, for one product's length.
 //
-//   block     16 warps, num_groups of them side by side at 64 columns each, the others below these; tiles of 32 rows a
+//   block     16 warps, num_groups of them side by side at 64 columns each, the others below these; tiles of 32 or 64
+//   rows a
 //             warp. The blocks share out all tiles evenly, in the order of the rows, then of the columns
 //   a warp    A^T of its columns is the left operand, in registers up to rank 64, else read for each tile; B of 8 rows
 //             the right one. A is dealt such that a lane's sums are 8 neighbouring columns of two rows: 8 lanes store a
@@ -37,18 +38,20 @@ namespace {
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * 32;
 constexpr int kWarpCols = 64;
-constexpr int kWarpRows = 32;
-constexpr int kRowSteps = kWarpRows / 8;  // the right operand's columns are 8 rows
+// Rows of a tile that a warp has: what a tile costs beside its values weighs less with more, but their codes are kept
+// in registers. kSteps: see merged_weight_kernel.
+__host__ __device__ constexpr int warp_rows(int steps) { return steps == 1 || steps == 2 ? 64 : 32; }
 constexpr int kLaneCols = 8;
 constexpr int kPairedRows = 2;            // of a lane in a step
 constexpr int kColSteps = kLaneCols / 2;  // the left operand's rows are 2 columns of each of 8 lanes
 constexpr int kTableAlignment = 1 << 16;
-constexpr int kScaleStride = kWarpRows + 2;  // floats of a warp: writers of 16 warps and 2 rows meet in no bank
 constexpr int kScaleBuffers = 2;
 constexpr int kRightBuffers = 3;
 
 // In front of the table, or of what is in front of it.
-struct Shared {
+template <int kWarpRows>
+struct BlockShared {
+  static constexpr int kScaleStride = kWarpRows + 2;  // such that writers of 16 warps and 2 rows meet in no bank
   float scales[kScaleBuffers][kWarps * kScaleStride];
   float nested_code[kNestedBlockSize];
 };
@@ -190,7 +193,11 @@ __device__ __forceinline__ void fill_table(unsigned char* table, const CodeValue
 template <typename T, bool kIsNested, int kSteps>
 __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid_constant__ Arguments arguments,
                                                                     T* __restrict__ y) {
+  constexpr int kWarpRows = warp_rows(kSteps);
+  constexpr int kRowSteps = kWarpRows / 8;  // the right operand's columns are 8 rows
   constexpr int kRowStepsAtOnce = kSteps == 0 ? kRowSteps : 1;
+  constexpr int kScales = kWarps * kWarpRows / kThreads;  // of a tile, a thread's
+  using Shared = BlockShared<kWarpRows>;
   extern __shared__ __align__(128) unsigned char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   const uint32_t base = shared_address(shared_memory);
@@ -233,29 +240,41 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
   const int lane_col = lane / 4 * kLaneCols;
   const int last_group = arguments.num_groups - 1;
 
-  // A scale a thread: of row thread >> log2_groups of the tile and of the group of columns that is the rest.
-  const int scale_row = static_cast<int>(threadIdx.x) >> log2_groups;
+  // A thread's scales: number i of a tile is of row i >> log2_groups and of the group of columns that is the rest.
+  const auto scale_row_of = [&](int j) { return (static_cast<int>(threadIdx.x) + j * kThreads) >> log2_groups; };
   const int scale_group = static_cast<int>(threadIdx.x) & ((1 << log2_groups) - 1);
-  const int scale_warp = (scale_row / kWarpRows << log2_groups) + scale_group;
-  const int scale_at = scale_warp * kScaleStride + scale_row % kWarpRows;
-  float absmax = 0.0f;
-  uint32_t scale_code = 0;
-  const auto ask_for_scale = [&](const Place& at) {
-    const int row = min(at.row * tile_rows + scale_row, arguments.rows - 1);
+  int scale_at[kScales];
+  float absmax[kScales] = {};
+  uint32_t scale_codes[kScales] = {};
+#pragma unroll
+  for (int j = 0; j < kScales; ++j) {
+    const int row = scale_row_of(j);
+    scale_at[j] = ((row / kWarpRows << log2_groups) + scale_group) * Shared::kScaleStride + row % kWarpRows;
+  }
+  const auto ask_for_scales = [&](const Place& at) {
     const int group = min((at.col << log2_groups) + scale_group, last_group);
-    const uint32_t scale_block =
-        (arguments.first_group + row * arguments.row_groups + group) >> arguments.log2_groups_per_scale;
-    if constexpr (kIsNested) {
-      scale_code = __ldg(arguments.scales.codes + scale_block);
-      absmax = __ldg(arguments.scales.nested_absmax + scale_block / kNestedBlockSize);
-    } else {
-      absmax = __ldg(arguments.scales.absmax + scale_block);
+#pragma unroll
+    for (int j = 0; j < kScales; ++j) {
+      const int row = min(at.row * tile_rows + scale_row_of(j), arguments.rows - 1);
+      const uint32_t scale_block =
+          (arguments.first_group + row * arguments.row_groups + group) >> arguments.log2_groups_per_scale;
+      if constexpr (kIsNested) {
+        scale_codes[j] = __ldg(arguments.scales.codes + scale_block);
+        absmax[j] = __ldg(arguments.scales.nested_absmax + scale_block / kNestedBlockSize);
+      } else {
+        absmax[j] = __ldg(arguments.scales.absmax + scale_block);
+      }
     }
   };
-  const auto hand_out_scale = [&](int buffer) {
-    float scale = absmax;
-    if constexpr (kIsNested) scale = __fadd_rn(__fmul_rn(shared.nested_code[scale_code], absmax), nested_offset);
-    shared.scales[buffer][scale_at] = scale;
+  const auto hand_out_scales = [&](int buffer) {
+#pragma unroll
+    for (int j = 0; j < kScales; ++j) {
+      float scale = absmax[j];
+      if constexpr (kIsNested) {
+        scale = __fadd_rn(__fmul_rn(shared.nested_code[scale_codes[j]], absmax[j]), nested_offset);
+      }
+      shared.scales[buffer][scale_at[j]] = scale;
+    }
   };
   // Codes of row `row` of a step, of those from `codes` on of which the last one is `last`.
   const auto codes_of = [&](const Place& at) {
@@ -283,17 +302,17 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
       words[step][p] = load_codes(codes_of(place), step * 8 + p, last_row_of(place));
     }
   }
-  ask_for_scale(place);
+  ask_for_scales(place);
   uint32_t left[kSteps == 0 ? 1 : kSteps][kColSteps][4];
   int left_col = -1;
   int scale_buffer = 0;
   int right_buffer = 0;
 #pragma unroll 1
   for (int ahead = 0; ahead < 2; ++ahead) {
-    if (ahead == 1) hand_out_scale(0);
+    if (ahead == 1) hand_out_scales(0);
     const Place& at = ahead == 0 ? place : next;
     if (ahead < tiles_left) {
-      if (ahead == 1) ask_for_scale(at);
+      if (ahead == 1) ask_for_scales(at);
       load_right<T>(arguments, at.row * tile_rows, tile_rows, right + ahead * right_tile_bytes);
     }
     commit_copies();
@@ -305,9 +324,9 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
     __syncthreads();  // What this tile needs is there, and nobody reads what the one before needed.
     Place after = next;
     after.advance(arguments.row_tiles);
-    if (tiles_left > 1) hand_out_scale(scale_buffer ^ 1);
+    if (tiles_left > 1) hand_out_scales(scale_buffer ^ 1);
     if (tiles_left > 2) {
-      ask_for_scale(after);
+      ask_for_scales(after);
       const int buffer = right_buffer == 0 ? kRightBuffers - 1 : right_buffer - 1;
       load_right<T>(arguments, after.row * tile_rows, tile_rows, right + buffer * right_tile_bytes);
     }
@@ -324,7 +343,8 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) load_left<T>(arguments, col, step * 16, left[step]);
     }
-    const uint32_t scales = shared_address(&shared.scales[scale_buffer][warp * kScaleStride + lane % 4 * kPairedRows]);
+    const uint32_t scales =
+        shared_address(&shared.scales[scale_buffer][warp * Shared::kScaleStride + lane % 4 * kPairedRows]);
     const uint32_t right_row = right + right_buffer * right_tile_bytes + (warp_row + lane / 4) * arguments.right_bytes;
     const int last = has_columns ? last_row_of(place) : -1;
     char* const out =
@@ -399,18 +419,25 @@ struct Layout {
   int right_offset;
   int shared_bytes;
 };
-Layout layout_of(int64_t cols, int row_bytes, const Device& device) {
+Layout layout_of(int64_t cols, int rows, int row_bytes, const Device& device) {
   const int reserved = static_cast<int>(device.reserved_shared_bytes);
-  const int in_front = kTableAlignment - reserved - static_cast<int>(sizeof(Shared));
+  const int in_front = kTableAlignment - reserved - static_cast<int>(sizeof(BlockShared<64>));
   for (int log2_groups = 2;; ++log2_groups) {
-    const int ring = kRightBuffers * (kWarps * kWarpRows >> log2_groups) * row_bytes;
+    const int ring = kRightBuffers * (kWarps * rows >> log2_groups) * row_bytes;
     const bool is_in_front = ring <= in_front;
     const int bytes = kTableAlignment - reserved + FloatPairTable::kBytes + (is_in_front ? 0 : ring);
-    const bool is_wide_enough = int64_t{kWarpCols} << log2_groups >= cols || 1 << log2_groups == kWarps;
-    if (is_wide_enough && (bytes <= device.max_shared_bytes || 1 << log2_groups == kWarps)) {
+    const bool is_wide_enough = int64_t{kWarpCols} << log2_groups >= cols;
+    const bool is_widest = 1 << log2_groups == kWarps;
+    if (is_widest || (is_wide_enough && bytes <= device.max_shared_bytes)) {
       return {log2_groups, is_in_front ? -in_front : FloatPairTable::kBytes, bytes};
     }
   }
+}
+
+// kSteps of merged_weight_kernel.
+int steps_of(int padded_rank) {
+  const int steps = padded_rank / 16;
+  return steps == 1 || steps == 2 || steps == 4 ? steps : 0;
 }
 
 template <typename T, bool kIsNested, int kSteps>
@@ -431,11 +458,13 @@ void launch_merged(const Arguments& arguments, T* y, int shared_bytes, int multi
 }  // namespace
 
 bool supports_merged_weight(const qlora_weight_4bit& weight, int64_t rank, qlora_dtype dtype, const Device& device) {
-  const int row_bytes = right_bytes(static_cast<int>(round_up(rank, 16)), QLORA_FLOAT32);
+  const int padded_rank = static_cast<int>(round_up(rank, 16));
+  const int rows = warp_rows(steps_of(padded_rank));
   return is_narrow_fast(dtype, device) && weight.cols % kWarpCols == 0 && weight.block_size >= kWarpCols &&
          is_aligned(weight.packed, 8) && weight.rows < 1 << 30 && weight.cols < 1 << 30 &&
          num_values(weight) / kWarpCols < int64_t{1} << 31 &&
-         layout_of(weight.cols, row_bytes, device).shared_bytes <= device.max_shared_bytes;
+         layout_of(weight.cols, rows, right_bytes(padded_rank, QLORA_FLOAT32), device).shared_bytes <=
+             device.max_shared_bytes;
 }
 
 void merged_weight(const qlora_weight_4bit& weight, const qlora_lora& lora, const Window& window, void* y,
@@ -467,29 +496,21 @@ void merged_weight(const qlora_weight_4bit& weight, const qlora_lora& lora, cons
   arguments.padded_rank = static_cast<int>(round_up(lora.rank, 16));
   arguments.scaling = lora.scaling;
   arguments.right_bytes = right_bytes(arguments.padded_rank, lora.b_dtype);
-  const Layout layout = layout_of(cols, arguments.right_bytes, device);
+  const int steps = steps_of(arguments.padded_rank);
+  const Layout layout = layout_of(cols, warp_rows(steps), arguments.right_bytes, device);
   arguments.log2_groups = layout.log2_groups;
   arguments.right_offset = layout.right_offset;
-  arguments.row_tiles = static_cast<int>(ceil_div(arguments.rows, kWarps * kWarpRows >> layout.log2_groups));
+  arguments.row_tiles = static_cast<int>(ceil_div(arguments.rows, kWarps * warp_rows(steps) >> layout.log2_groups));
   arguments.num_tiles = arguments.row_tiles * static_cast<int>(ceil_div(cols, kWarpCols << layout.log2_groups));
   arguments.y_row_bytes = static_cast<uint32_t>(leading_dimension * 2);
   dispatch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (!std::is_same_v<T, float>) {
       dispatch_bool(is_nested(weight), [&](auto nested) {
-        const auto launch_with = [&](auto steps) {
-          launch_merged<T, decltype(nested)::value, decltype(steps)::value>(
+        dispatch_constant<0, 1, 2, 4>("merged_weight", steps, [&](auto constant) {
+          launch_merged<T, decltype(nested)::value, decltype(constant)::value>(
               arguments, static_cast<T*>(y), layout.shared_bytes, multiprocessors, device, stream);
-        };
-        if (arguments.padded_rank == 16) {
-          launch_with(std::integral_constant<int, 1>{});
-        } else if (arguments.padded_rank == 32) {
-          launch_with(std::integral_constant<int, 2>{});
-        } else if (arguments.padded_rank == 64) {
-          launch_with(std::integral_constant<int, 4>{});
-        } else {
-          launch_with(std::integral_constant<int, 0>{});
-        }
+        });
       });
     }
   });
