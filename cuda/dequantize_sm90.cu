@@ -9,17 +9,13 @@
 // A lane's 32 bytes of codes and 128 of y lie side by side in shared memory; in step j of 8 lane l is at word, or 16
 // bytes, j ^ l / 4 ^ 2 (l % 4), so that no two lanes of a wavefront meet in a bank.
 //
-// Budget of a value: 3.5 instructions, of which 2.8 on the unit of 64 lanes a clock (product_table.cuh), kShuffled
-// words of 8 by shuffles instead at 3.9 and 1.4 each; 1 / 27 wavefronts of shared memory (codes 1 of 256 values, y 4
-// and 4). So 23 values a clock and multiprocessor at best with kShuffled = 0, 25 with 2.
-#include <algorithm>
-#include <cstdint>
-#include <type_traits>
-
+// H100, 2026-11 (the whole of 14336 x 4096, bf16, nested scales): 4 multiprocessors decode 14.9 values a clock each, 16
+// of them 14.3. That is 30 bytes of y a clock, and what bounds it: with 2, 4 or all of 8 words decoded by shuffles the
+// rate is the same. Budget of a value: 4.6 instructions, of which 3 on the unit of 64 lanes a clock
+// (product_table.cuh): 21 a clock; 1 / 27 wavefronts of shared memory (codes 1 of 256 values, y 4 and 4).
 #include "cuda/dequantize_sm90.h"
 #include "cuda/device/barrier.cuh"
 #include "cuda/device/bulk_copy.cuh"
-#include "cuda/device/decode.cuh"
 #include "cuda/device/numeric.cuh"
 #include "cuda/device/product_table.cuh"
 #include "cuda/device/scales.cuh"
@@ -41,9 +37,8 @@ static_assert(32 * kLaneValues == kTile);
 constexpr int kUnitValues = 8;  // of 16 bytes of y
 constexpr int kCodeBytes = kTile / 2;
 constexpr int kValueBytes = kTile * 2;
-constexpr int kStages = 4;    // a power of two, a multiple of kBuffers
-constexpr int kBuffers = 2;   // of y
-constexpr int kShuffled = 0;  // a guess until measured
+constexpr int kStages = 4;   // a power of two, a multiple of kBuffers
+constexpr int kBuffers = 2;  // of y
 
 struct Shared {
   unsigned char y[kWarps][kBuffers][kValueBytes];
@@ -95,7 +90,7 @@ struct Asked {
 };
 
 // kIsOneRow: of each tile.
-template <typename T, Format F, bool kIsNested, bool kIsOneRow, int kShuffledWords>
+template <typename T, Format F, bool kIsNested, bool kIsOneRow>
 __global__ __launch_bounds__(kThreads, 1) void dequantize_sm90_kernel(const __grid_constant__ Arguments arguments) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared_memory[];
@@ -120,7 +115,6 @@ __global__ __launch_bounds__(kThreads, 1) void dequantize_sm90_kernel(const __gr
   const uint32_t row_segments = arguments.row_segments;
   const uint32_t lane_segment =
       kIsOneRow ? lane : (lane >> log2_segments) * row_segments + (lane & (tile_segments - 1));
-  const float lane_value = lane_code_value<F>();
   const uint32_t y_of_warp = shared_address(shared.y[warp]);
   const uint32_t codes_of_warp = shared_address(shared.codes[warp]);
   const uint32_t turn = lane / 4 ^ lane % 4 * 2;
@@ -218,14 +212,7 @@ __global__ __launch_bounds__(kThreads, 1) void dequantize_sm90_kernel(const __gr
 #pragma unroll
       for (int j = 0; j < kLaneWords; ++j) {
         uint32_t pairs[4];
-        if (j * kShuffledWords / kLaneWords != (j + 1) * kShuffledWords / kLaneWords) {
-          float values[8];
-          decode<8>(words[j], lane_value, scale, values);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) pairs[i] = Word<T>::pack(values + 2 * i);
-        } else {
-          table.look_up(words[j], pairs);
-        }
+        table.look_up(words[j], pairs);
         store_shared_16_bytes(unit_addresses[j] + buffer, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
       }
       publish_to_bulk_stores();
@@ -246,8 +233,24 @@ uint32_t log2_tile_segments(int64_t segments) {
   return log2;
 }
 
-template <int kShuffledWords>
-void dequantize_with(const qlora_weight_4bit& weight, const DequantizeFew& window, const Device& device,
+}  // namespace
+
+bool supports_dequantize_sm90(const qlora_weight_4bit& weight, const DequantizeFew& window, const Device& device) {
+  constexpr int64_t kMaxIndex = int64_t{1} << 31;
+  if (window.dtype == QLORA_FLOAT32 || device.major < 9) return false;
+  if (device.max_shared_bytes < static_cast<int64_t>(sizeof(Shared))) return false;
+  if (weight.block_size < kLaneValues || !is_aligned(weight.packed, 16) || !is_aligned(window.y, 16)) return false;
+  for (const int64_t length : {window.first, window.cols, window.row_stride}) {
+    if (length % kLaneValues != 0) return false;  // Lanes begin with a block, or a half, and copies at 16 bytes.
+  }
+  if (window.leading_dimension % kUnitValues != 0) return false;
+  if (num_values(weight) / kLaneValues >= kMaxIndex) return false;
+  if ((window.rows + kTile / kLaneValues) * window.leading_dimension / kUnitValues >= kMaxIndex) return false;
+  const auto kernel = dequantize_sm90_kernel<__nv_bfloat16, Format::kNF4, true, true>;
+  return is_compiled_for_sm90(device, reinterpret_cast<const void*>(kernel));
+}
+
+void dequantize_sm90(const qlora_weight_4bit& weight, const DequantizeFew& window, const Device& device,
                      cudaStream_t stream) {
   Arguments arguments = {};
   arguments.packed = weight.packed;
@@ -268,38 +271,15 @@ void dequantize_with(const qlora_weight_4bit& weight, const DequantizeFew& windo
       dispatch_format(weight.format, [&](auto format) {
         dispatch_bool(is_nested(weight), [&](auto nested) {
           dispatch_bool(log2_segments == 5, [&](auto one_row) {
-            launch_on_few("dequantize_sm90_kernel",
-                          dequantize_sm90_kernel<T, decltype(format)::value, decltype(nested)::value,
-                                                 decltype(one_row)::value, kShuffledWords>,
-                          window.multiprocessors, kThreads, static_cast<int>(sizeof(Shared)), device, stream,
-                          arguments);
+            launch_on_few(
+                "dequantize_sm90_kernel",
+                dequantize_sm90_kernel<T, decltype(format)::value, decltype(nested)::value, decltype(one_row)::value>,
+                window.multiprocessors, kThreads, static_cast<int>(sizeof(Shared)), device, stream, arguments);
           });
         });
       });
     }
   });
-}
-
-}  // namespace
-
-bool supports_dequantize_sm90(const qlora_weight_4bit& weight, const DequantizeFew& window, const Device& device) {
-  constexpr int64_t kMaxIndex = int64_t{1} << 31;
-  if (window.dtype == QLORA_FLOAT32 || device.major < 9) return false;
-  if (device.max_shared_bytes < static_cast<int64_t>(sizeof(Shared))) return false;
-  if (weight.block_size < kLaneValues || !is_aligned(weight.packed, 16) || !is_aligned(window.y, 16)) return false;
-  for (const int64_t length : {window.first, window.cols, window.row_stride}) {
-    if (length % kLaneValues != 0) return false;  // Lanes begin with a block, or a half, and copies at 16 bytes.
-  }
-  if (window.leading_dimension % kUnitValues != 0) return false;
-  if (num_values(weight) / kLaneValues >= kMaxIndex) return false;
-  if ((window.rows + kTile / kLaneValues) * window.leading_dimension / kUnitValues >= kMaxIndex) return false;
-  const auto kernel = dequantize_sm90_kernel<__nv_bfloat16, Format::kNF4, true, true, kShuffled>;
-  return is_compiled_for_sm90(device, reinterpret_cast<const void*>(kernel));
-}
-
-void dequantize_sm90(const qlora_weight_4bit& weight, const DequantizeFew& window, const Device& device,
-                     cudaStream_t stream) {
-  dequantize_with<kShuffled>(weight, window, device, stream);
 }
 
 }  // namespace qlora
