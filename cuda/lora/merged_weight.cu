@@ -194,8 +194,7 @@ template <typename T, bool kIsNested, int kSteps>
 __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid_constant__ Arguments arguments,
                                                                     T* __restrict__ y) {
   constexpr int kWarpRows = warp_rows(kSteps);
-  constexpr int kRowSteps = kWarpRows / 8;  // the right operand's columns are 8 rows
-  constexpr int kRowStepsAtOnce = kSteps == 0 ? kRowSteps : 1;
+  constexpr int kRowSteps = kWarpRows / 8;                // the right operand's columns are 8 rows
   constexpr int kScales = kWarps * kWarpRows / kThreads;  // of a tile, a thread's
   using Shared = BlockShared<kWarpRows>;
   extern __shared__ __align__(128) unsigned char shared_memory[];
@@ -349,51 +348,68 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
     const int last = has_columns ? last_row_of(place) : -1;
     char* const out =
         reinterpret_cast<char*>(y + col) + (place.row * tile_rows + lane_row) * int64_t{arguments.y_row_bytes};
+    const auto finish = [&](int step, const float2& scales_of_rows, const float (&sums)[kColSteps][4]) {
+#pragma unroll
+      for (int p = 0; p < kPairedRows; ++p) {
+        const float scale = p == 0 ? scales_of_rows.x : scales_of_rows.y;
+        float values[kLaneCols];
+#pragma unroll
+        for (int c = 0; c < kColSteps; ++c) {
+          const float2 decoded = table.floats(words[step][p], table_selector(c));
+          values[2 * c] = fmaf(arguments.scaling, sums[c][p], __fmul_rn(decoded.x, scale));
+          values[2 * c + 1] = fmaf(arguments.scaling, sums[c][2 + p], __fmul_rn(decoded.y, scale));
+        }
+        const int row = step * 8 + p;
+        store_16_bytes_if(row <= last, reinterpret_cast<T*>(out + row * int64_t{arguments.y_row_bytes}), values);
+        words[step][p] = load_codes(next_codes, row, next_last);
+      }
+    };
+    const auto load_scales = [&](int step) { return load_shared_two_floats(scales + step * 8 * sizeof(float)); };
     const auto merge = [&](auto* right_typed) {
       using Right = std::remove_pointer_t<decltype(right_typed)>;
       constexpr int kRightBytes = static_cast<int>(sizeof(Right));
       const uint32_t right_lane = right_row + lane % 4 * 2 * kRightBytes;
+      const auto load_right = [&](int row_step, int step, uint32_t (&pairs)[2]) {
+        const uint32_t from = right_lane + row_step * 8 * arguments.right_bytes + step * 16 * kRightBytes;
+        pairs[0] = load_right_pair<T, Right>(from);
+        pairs[1] = load_right_pair<T, Right>(from + 8 * kRightBytes);
+      };
+      if constexpr (kSteps > 0) {
+        uint32_t pairs[kSteps][2];
+        float2 scales_of_rows = load_scales(0);
 #pragma unroll
-      for (int first_step = 0; first_step < kRowSteps; first_step += kRowStepsAtOnce) {
-        float sums[kRowStepsAtOnce][kColSteps][4] = {};
-        const auto multiply = [&](int step16, const uint32_t (&a)[kColSteps][4]) {
+        for (int step = 0; step < kSteps; ++step) load_right(0, step, pairs[step]);
 #pragma unroll
-          for (int s = 0; s < kRowStepsAtOnce; ++s) {
-            const uint32_t from = right_lane + (first_step + s) * 8 * arguments.right_bytes + step16 * 16 * kRightBytes;
-            const uint32_t b0 = load_right_pair<T, Right>(from);
-            const uint32_t b1 = load_right_pair<T, Right>(from + 8 * kRightBytes);
+        for (int row_step = 0; row_step < kRowSteps; ++row_step) {
+          float sums[kColSteps][4] = {};
 #pragma unroll
-            for (int c = 0; c < kColSteps; ++c) multiply_add<T>(sums[s][c], a[c], b0, b1);
+          for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+            for (int c = 0; c < kColSteps; ++c) multiply_add<T>(sums[c], left[step][c], pairs[step][0], pairs[step][1]);
           }
-        };
-        if constexpr (kSteps > 0) {
+          const float2 scales_of_these = scales_of_rows;
+          if (row_step + 1 < kRowSteps) {
+            scales_of_rows = load_scales(row_step + 1);
 #pragma unroll
-          for (int step = 0; step < kSteps; ++step) multiply(step, left[step]);
-        } else {
-          for (int step = 0; step < arguments.padded_rank / 16 && has_columns; ++step) {
-            load_left<T>(arguments, col, step * 16, left[0]);
-            multiply(step, left[0]);
+            for (int step = 0; step < kSteps; ++step) load_right(row_step + 1, step, pairs[step]);
+          }
+          finish(row_step, scales_of_these, sums);
+        }
+      } else {
+        float sums[kRowSteps][kColSteps][4] = {};
+        for (int step = 0; step < arguments.padded_rank / 16 && has_columns; ++step) {
+          load_left<T>(arguments, col, step * 16, left[0]);
+#pragma unroll
+          for (int row_step = 0; row_step < kRowSteps; ++row_step) {
+            uint32_t pairs[2];
+            load_right(row_step, step, pairs);
+#pragma unroll
+            for (int c = 0; c < kColSteps; ++c) multiply_add<T>(sums[row_step][c], left[0][c], pairs[0], pairs[1]);
           }
         }
 #pragma unroll
-        for (int s = 0; s < kRowStepsAtOnce; ++s) {
-          const int step = first_step + s;
-          const float2 pair = load_shared_two_floats(scales + step * 8 * sizeof(float));
-#pragma unroll
-          for (int p = 0; p < kPairedRows; ++p) {
-            const float scale = p == 0 ? pair.x : pair.y;
-            float values[kLaneCols];
-#pragma unroll
-            for (int c = 0; c < kColSteps; ++c) {
-              const float2 decoded = table.floats(words[step][p], table_selector(c));
-              values[2 * c] = fmaf(arguments.scaling, sums[s][c][p], __fmul_rn(decoded.x, scale));
-              values[2 * c + 1] = fmaf(arguments.scaling, sums[s][c][2 + p], __fmul_rn(decoded.y, scale));
-            }
-            const int row = step * 8 + p;
-            store_16_bytes_if(row <= last, reinterpret_cast<T*>(out + row * int64_t{arguments.y_row_bytes}), values);
-            words[step][p] = load_codes(next_codes, row, next_last);
-          }
-        }
+        for (int row_step = 0; row_step < kRowSteps; ++row_step)
+          finish(row_step, load_scales(row_step), sums[row_step]);
       }
     };
     if (is_b_float) {
