@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/device/barrier.cuh"
 #include "cuda/device/copy_async.cuh"
 #include "cuda/device/mma.cuh"
 #include "cuda/device/numeric.cuh"
@@ -45,8 +46,9 @@ constexpr int kLaneCols = 8;
 constexpr int kPairedRows = 2;            // of a lane in a step
 constexpr int kColSteps = kLaneCols / 2;  // the left operand's rows are 2 columns of each of 8 lanes
 constexpr int kTableAlignment = 1 << 16;
-constexpr int kScaleBuffers = 2;
-constexpr int kRightBuffers = 3;
+constexpr int kScaleBuffers = 3;
+// Of B: one more where warps may be a tile apart, but a ring of large ranks has no room for it.
+__host__ __device__ constexpr int right_buffers(int steps) { return steps > 0 ? 4 : 3; }
 
 // In front of the table, or of what is in front of it.
 template <int kWarpRows>
@@ -54,6 +56,7 @@ struct BlockShared {
   static constexpr int kScaleStride = kWarpRows + 2;  // such that writers of 16 warps and 2 rows meet in no bank
   float scales[kScaleBuffers][kWarps * kScaleStride];
   float nested_code[kNestedBlockSize];
+  alignas(16) Barrier ready;
 };
 
 struct Arguments {
@@ -178,6 +181,37 @@ __device__ __forceinline__ uint32_t load_right_pair(uint32_t address) {
   return Word<T>::pack(values);
 }
 
+// Between tiles: a warp arrives when it has handed out what the next tile needs, and waits before it takes that, so
+// that warps are up to a tile apart. Not kIsSplit, or on GPUs without such a wait: it waits for all at once.
+template <bool kIsSplit>
+class TileBarrier {
+ public:
+  __device__ __forceinline__ explicit TileBarrier(Barrier& barrier) : barrier_(barrier) {
+    if (threadIdx.x == 0) init_barrier(barrier, kWarps);
+  }
+#if __CUDA_ARCH__ >= 900
+  static constexpr bool kWaitsSplit = kIsSplit;
+#else
+  static constexpr bool kWaitsSplit = false;
+#endif
+  __device__ __forceinline__ void arrive() const {
+    if constexpr (kWaitsSplit) {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) qlora::arrive(barrier_);
+    }
+  }
+  __device__ __forceinline__ void wait(uint32_t parity) const {
+    if constexpr (kWaitsSplit) {
+      qlora::wait(barrier_, parity);
+    } else {
+      __syncthreads();
+    }
+  }
+
+ private:
+  Barrier& barrier_;
+};
+
 // FloatPairTable's, without the shuffles of its own filling: the compiler takes them for divergent, and pays for that
 // at each access to memory from there on.
 __device__ __forceinline__ void fill_table(unsigned char* table, const CodeValues& values) {
@@ -194,7 +228,8 @@ template <typename T, bool kIsNested, int kSteps>
 __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid_constant__ Arguments arguments,
                                                                     T* __restrict__ y) {
   constexpr int kWarpRows = warp_rows(kSteps);
-  constexpr int kRowSteps = kWarpRows / 8;                // the right operand's columns are 8 rows
+  constexpr int kRowSteps = kWarpRows / 8;  // the right operand's columns are 8 rows
+  constexpr int kRightBuffers = right_buffers(kSteps);
   constexpr int kScales = kWarps * kWarpRows / kThreads;  // of a tile, a thread's
   using Shared = BlockShared<kWarpRows>;
   extern __shared__ __align__(128) unsigned char shared_memory[];
@@ -211,6 +246,7 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
   for (int i = threadIdx.x * 16; i < kRightBuffers * right_tile_bytes; i += kThreads * 16) {
     store_shared_16_bytes(right + i, make_uint4(0, 0, 0, 0));
   }
+  const TileBarrier<(kSteps > 0)> barrier(shared.ready);
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
@@ -302,31 +338,33 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
     }
   }
   ask_for_scales(place);
+#pragma unroll 1
+  for (int ahead = 0; ahead < 2; ++ahead) {
+    const Place& at = ahead == 0 ? place : next;
+    if (ahead < tiles_left) load_right<T>(arguments, at.row * tile_rows, tile_rows, right + ahead * right_tile_bytes);
+    commit_copies();
+  }
+  hand_out_scales(0);
+  wait_for_copies<1>();
+  barrier.arrive();
+  if (tiles_left > 1) ask_for_scales(next);
+
   uint32_t left[kSteps == 0 ? 1 : kSteps][kColSteps][4];
   int left_col = -1;
   int scale_buffer = 0;
   int right_buffer = 0;
-#pragma unroll 1
-  for (int ahead = 0; ahead < 2; ++ahead) {
-    if (ahead == 1) hand_out_scales(0);
-    const Place& at = ahead == 0 ? place : next;
-    if (ahead < tiles_left) {
-      if (ahead == 1) ask_for_scales(at);
-      load_right<T>(arguments, at.row * tile_rows, tile_rows, right + ahead * right_tile_bytes);
-    }
-    commit_copies();
-  }
-
   const bool is_b_float = arguments.b_dtype == QLORA_FLOAT32;
-  for (; tiles_left > 0; --tiles_left) {
-    wait_for_copies<1>();
-    __syncthreads();  // What this tile needs is there, and nobody reads what the one before needed.
+  for (uint32_t parity = 0; tiles_left > 0; --tiles_left, parity ^= 1) {
+    barrier.wait(parity);  // What this tile needs is there, and nobody reads what that before the last one needed.
     Place after = next;
     after.advance(arguments.row_tiles);
-    if (tiles_left > 1) hand_out_scales(scale_buffer ^ 1);
+    wait_for_copies<0>();
+    const int next_scale_buffer = scale_buffer == kScaleBuffers - 1 ? 0 : scale_buffer + 1;
+    if (tiles_left > 1) hand_out_scales(next_scale_buffer);
+    barrier.arrive();
     if (tiles_left > 2) {
       ask_for_scales(after);
-      const int buffer = right_buffer == 0 ? kRightBuffers - 1 : right_buffer - 1;
+      const int buffer = (right_buffer + 2) % kRightBuffers;
       load_right<T>(arguments, after.row * tile_rows, tile_rows, right + buffer * right_tile_bytes);
     }
     commit_copies();
@@ -419,7 +457,7 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
     }
     place = next;
     next = after;
-    scale_buffer ^= 1;
+    scale_buffer = next_scale_buffer;
     right_buffer = right_buffer == kRightBuffers - 1 ? 0 : right_buffer + 1;
   }
 }
@@ -435,11 +473,11 @@ struct Layout {
   int right_offset;
   int shared_bytes;
 };
-Layout layout_of(int64_t cols, int rows, int row_bytes, const Device& device) {
+Layout layout_of(int64_t cols, int steps, int row_bytes, const Device& device) {
   const int reserved = static_cast<int>(device.reserved_shared_bytes);
   const int in_front = kTableAlignment - reserved - static_cast<int>(sizeof(BlockShared<64>));
   for (int log2_groups = 2;; ++log2_groups) {
-    const int ring = kRightBuffers * (kWarps * rows >> log2_groups) * row_bytes;
+    const int ring = right_buffers(steps) * (kWarps * warp_rows(steps) >> log2_groups) * row_bytes;
     const bool is_in_front = ring <= in_front;
     const int bytes = kTableAlignment - reserved + FloatPairTable::kBytes + (is_in_front ? 0 : ring);
     const bool is_wide_enough = int64_t{kWarpCols} << log2_groups >= cols;
@@ -475,11 +513,10 @@ void launch_merged(const Arguments& arguments, T* y, int shared_bytes, int multi
 
 bool supports_merged_weight(const qlora_weight_4bit& weight, int64_t rank, qlora_dtype dtype, const Device& device) {
   const int padded_rank = static_cast<int>(round_up(rank, 16));
-  const int rows = warp_rows(steps_of(padded_rank));
   return is_narrow_fast(dtype, device) && weight.cols % kWarpCols == 0 && weight.block_size >= kWarpCols &&
          is_aligned(weight.packed, 8) && weight.rows < 1 << 30 && weight.cols < 1 << 30 &&
          num_values(weight) / kWarpCols < int64_t{1} << 31 &&
-         layout_of(weight.cols, rows, right_bytes(padded_rank, QLORA_FLOAT32), device).shared_bytes <=
+         layout_of(weight.cols, steps_of(padded_rank), right_bytes(padded_rank, QLORA_FLOAT32), device).shared_bytes <=
              device.max_shared_bytes;
 }
 
@@ -513,7 +550,7 @@ void merged_weight(const qlora_weight_4bit& weight, const qlora_lora& lora, cons
   arguments.scaling = lora.scaling;
   arguments.right_bytes = right_bytes(arguments.padded_rank, lora.b_dtype);
   const int steps = steps_of(arguments.padded_rank);
-  const Layout layout = layout_of(cols, warp_rows(steps), arguments.right_bytes, device);
+  const Layout layout = layout_of(cols, steps, arguments.right_bytes, device);
   arguments.log2_groups = layout.log2_groups;
   arguments.right_offset = layout.right_offset;
   arguments.row_tiles = static_cast<int>(ceil_div(arguments.rows, kWarps * warp_rows(steps) >> layout.log2_groups));
