@@ -14,7 +14,9 @@
 // dequantising W, where the update of an output costs a reading and a writing of it. W + scaling B A is rounded where W
 // would be.
 //
-// Budget of a value at rank 16: BUDGET
+// Budget of a value at rank 16: 6.9 instructions, of which 4.9 from the sums to the store; 1 / 17 wavefronts of shared
+// memory and stores (of 256 values: pairs 8, y 4, codes 1, B 1, scales 1). So 17 values a clock and multiprocessor at
+// best; the stores allow 15 (dequantize_sm90.cu).
 #include <algorithm>
 #include <cstdint>
 
