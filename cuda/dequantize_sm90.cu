@@ -37,7 +37,7 @@ constexpr int kTile = kDequantizeFewCols;
 constexpr int kLog2LaneValues = 6;
 constexpr int kLaneValues = 1 << kLog2LaneValues;
 static_assert(32 * kLaneValues == kTile);
-constexpr int kLaneWords = kLaneValues / 8;
+[[maybe_unused]] constexpr int kLaneWords = kLaneValues / 8;
 constexpr int kUnitValues = 8;  // of 16 bytes of y
 constexpr int kCodeBytes = kTile / 2;
 constexpr int kValueBytes = kTile * 2;

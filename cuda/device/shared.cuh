@@ -61,5 +61,9 @@ __device__ __forceinline__ uint32_t keep(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
 }
+__device__ __forceinline__ const uint8_t* keep(const uint8_t* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
 
 }  // namespace qlora

@@ -58,8 +58,8 @@ struct AdapterPass {
 };
 
 // adapter_pass.cu: sums of a block's columns and rows in workspace, in fp32, then added up in the order of the blocks.
-// The workspace is at most 2 kMaxPartBytes, 256-byte aligned.
-inline constexpr int64_t kMaxPartBytes = 16 << 20;
+// The workspace is at most kMaxPartBytes, 256-byte aligned.
+inline constexpr int64_t kMaxPartBytes = 32 << 20;
 int64_t adapter_pass_workspace_size(const AdapterPass& pass, const Device& device);
 void adapter_pass(const AdapterPass& pass, const Device& device, void* workspace, cudaStream_t stream);
 

@@ -1,6 +1,7 @@
 // y = W + scaling B A over a window of W, 16 bits, rounded once: a weight with its adapter, for one product's length.
 //
-//   block     16 warps, num_groups of them side by side at 64 columns each, the others below these; tiles of 32 rows a
+//   block     16 warps, num_groups of them side by side at 64 columns each, the others below these; tiles of 32 or 64
+//   rows a
 //             warp. The blocks share out all tiles evenly, in the order of the rows, then of the columns
 //   a warp    A^T of its columns is the left operand, in registers up to rank 64, else read for each tile; B of 8 rows
 //             the right one. A is dealt such that a lane's sums are 8 neighbouring columns of two rows: 8 lanes store a
@@ -37,46 +38,50 @@ namespace {
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * 32;
 constexpr int kWarpCols = 64;
-constexpr int kWarpRows = 32;
-constexpr int kRowSteps = kWarpRows / 8;  // the right operand's columns are 8 rows
+// Rows of a tile that a warp has: what a tile costs beside its values weighs less with more, but their codes are kept
+// in registers. kSteps: see merged_weight_kernel.
+__host__ __device__ constexpr int warp_rows(int steps) { return steps == 1 || steps == 2 ? 64 : 32; }
 constexpr int kLaneCols = 8;
 constexpr int kPairedRows = 2;            // of a lane in a step
 constexpr int kColSteps = kLaneCols / 2;  // the left operand's rows are 2 columns of each of 8 lanes
-constexpr int kMinGroups = 4;
 constexpr int kTableAlignment = 1 << 16;
-constexpr int kScaleStride = kWarpRows + 2;  // floats of a warp: writers of 16 warps and 2 rows meet in no bank
 constexpr int kScaleBuffers = 2;
 constexpr int kRightBuffers = 3;
 
 // In front of the table, or of what is in front of it.
-struct Shared {
+template <int kWarpRows>
+struct BlockShared {
+  static constexpr int kScaleStride = kWarpRows + 2;  // such that writers of 16 warps and 2 rows meet in no bank
   float scales[kScaleBuffers][kWarps * kScaleStride];
   float nested_code[kNestedBlockSize];
 };
 
 struct Arguments {
-  const uint8_t* packed;
+  const uint8_t* packed;  // of the window's first value
   Scales scales;
+  int log2_groups_per_scale;
   CodeValues codes;
-  int64_t first;       // flat index of the window's first value in the weight
-  int64_t row_length;  // of the weight
-  int rows;            // of the window
-  int cols;
-  const void* a;  // [rank, cols] of the window, row_length from row to row
+  uint32_t first_group;  // of 64 values, in the weight
+  uint32_t row_groups;   // from a row of the weight to the next
+  int rows;              // of the window
+  int num_groups;        // of a row of the window
+  int64_t row_length;    // of the weight and of A
+  const void* a;         // [rank, cols of the window]
   qlora_dtype a_dtype;
   bool are_eights_of_a_whole;  // 8 columns: aligned to 16 bytes
   const void* b;               // [rows of the window, rank]
   qlora_dtype b_dtype;
-  bool is_b_copied;  // as it is, 16 bytes at a time
+  bool is_b_copied;   // as it is, 16 bytes at a time
+  int log2_b_pieces;  // then: as many of a row
   int rank;
   int padded_rank;
   float scaling;
-  int log2_groups;
+  int log2_groups;  // of a block
   int row_tiles;
   int num_tiles;
-  int right_bytes;            // of a row of B in shared memory
-  int right_offset;           // of its ring, from the table
-  int64_t leading_dimension;  // of y
+  int right_bytes;   // of a row of B in shared memory
+  int right_offset;  // of its ring, from the table
+  uint32_t y_row_bytes;
 };
 
 // A tile: its columns in blocks' widths, its rows in tiles.
@@ -125,22 +130,13 @@ __device__ __forceinline__ void load_left(const Arguments& arguments, int64_t co
   });
 }
 
-// Rows of B to shared memory, in their dtype if they are copied or fp32, else in T. Columns behind the rank are left.
+// Rows of B to shared memory, a value at a time, fp32 as it is, else in T. Columns behind the rank are left.
 template <typename T>
-__device__ __forceinline__ void load_right(const Arguments& arguments, int first_row, int num_rows, uint32_t to) {
-  if (arguments.is_b_copied) {
-    const int row_bytes = arguments.rank * (arguments.b_dtype == QLORA_FLOAT32 ? 4 : 2);
-    const int pieces = row_bytes / 16;
-    for (int i = threadIdx.x; i < num_rows * pieces; i += kThreads) {
-      const int row = i / pieces;
-      const int64_t from = int64_t{min(first_row + row, arguments.rows - 1)} * row_bytes + (i - row * pieces) * 16;
-      copy_16_bytes_async(to + row * arguments.right_bytes + (i - row * pieces) * 16,
-                          static_cast<const char*>(arguments.b) + from);
-    }
-    return;
-  }
+__device__ __forceinline__ void load_right_singly(const Arguments& arguments, int first_row, int num_rows,
+                                                  uint32_t to) {
   dispatch_right(arguments.b_dtype, [&](auto* typed) {
     using Value = std::remove_pointer_t<decltype(typed)>;
+#pragma unroll 1
     for (int i = threadIdx.x; i < num_rows * arguments.rank; i += kThreads) {
       const int row = i / arguments.rank;
       const int rank = i - row * arguments.rank;
@@ -156,27 +152,59 @@ __device__ __forceinline__ void load_right(const Arguments& arguments, int first
   });
 }
 
-// Two ranks of a row there.
+// The same, copied if it can be.
 template <typename T>
-__device__ __forceinline__ uint32_t load_right_pair(uint32_t row, int rank, bool is_float) {
-  if (!is_float) return load_shared_word(row + rank * 2);
-  const float2 pair = load_shared_two_floats(row + rank * 4);
+__device__ __forceinline__ void load_right(const Arguments& arguments, int first_row, int num_rows, uint32_t to) {
+  if (!arguments.is_b_copied) {
+    load_right_singly<T>(arguments, first_row, num_rows, to);
+    return;
+  }
+  const int log2_pieces = arguments.log2_b_pieces;
+  const int piece = static_cast<int>(threadIdx.x) & ((1 << log2_pieces) - 1);
+  const char* const from = static_cast<const char*>(arguments.b) + piece * 16;
+#pragma unroll 1
+  for (int row = static_cast<int>(threadIdx.x) >> log2_pieces; row < num_rows; row += kThreads >> log2_pieces) {
+    const uint32_t at = min(first_row + row, arguments.rows - 1);
+    copy_16_bytes_async(to + row * arguments.right_bytes + piece * 16, from + (uint64_t{at} << (log2_pieces + 4)));
+  }
+}
+
+// Two ranks of a row there.
+template <typename T, typename Value>
+__device__ __forceinline__ uint32_t load_right_pair(uint32_t address) {
+  if constexpr (!std::is_same_v<Value, float>) return load_shared_word(address);
+  const float2 pair = load_shared_two_floats(address);
   const float values[2] = {pair.x, pair.y};
   return Word<T>::pack(values);
+}
+
+// FloatPairTable's, without the shuffles of its own filling: the compiler takes them for divergent, and pays for that
+// at each access to memory from there on.
+__device__ __forceinline__ void fill_table(unsigned char* table, const CodeValues& values) {
+  auto* const pairs = reinterpret_cast<float2*>(table) + threadIdx.x % 32;
+#pragma unroll 4
+  for (int i = 0; i < 256 / kWarps; ++i) {
+    const int entry = i * kWarps + static_cast<int>(threadIdx.x) / 32;
+    pairs[entry * 32] = make_float2(values.of_code[entry / kNumCodes], values.of_code[entry % kNumCodes]);
+  }
 }
 
 // kSteps: of 16 ranks, whose left operand stays in registers; 0: any number, read for each tile.
 template <typename T, bool kIsNested, int kSteps>
 __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid_constant__ Arguments arguments,
                                                                     T* __restrict__ y) {
+  constexpr int kWarpRows = warp_rows(kSteps);
+  constexpr int kRowSteps = kWarpRows / 8;  // the right operand's columns are 8 rows
   constexpr int kRowStepsAtOnce = kSteps == 0 ? kRowSteps : 1;
+  constexpr int kScales = kWarps * kWarpRows / kThreads;  // of a tile, a thread's
+  using Shared = BlockShared<kWarpRows>;
   extern __shared__ __align__(128) unsigned char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   const uint32_t base = shared_address(shared_memory);
   const uint32_t table_address = (base + sizeof(Shared) + kTableAlignment - 1) / kTableAlignment * kTableAlignment;
   unsigned char* const table_memory = shared_memory + (table_address - base);
   const uint32_t right = table_address + arguments.right_offset;
-  FloatPairTable::fill<kThreads>(table_memory, arguments.codes);
+  fill_table(table_memory, arguments.codes);
   const FloatPairTable table(table_memory);
   const int log2_groups = arguments.log2_groups;
   const int tile_rows = kWarps * kWarpRows >> log2_groups;
@@ -206,120 +234,134 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int num_groups = 1 << log2_groups;
-  const int last_group = arguments.cols / kWarpCols - 1;
-  const int warp_group = warp & (num_groups - 1);
+  const int warp_group = warp & ((1 << log2_groups) - 1);
   const int warp_row = (warp >> log2_groups) * kWarpRows;
-  const int lane_row = lane % 4 * kPairedRows;
+  const int lane_row = warp_row + lane % 4 * kPairedRows;
   const int lane_col = lane / 4 * kLaneCols;
+  const int last_group = arguments.num_groups - 1;
 
-  // A scale a thread: of row thread / num_groups of the tile and of the group of columns thread % num_groups.
-  const int scale_row = static_cast<int>(threadIdx.x) >> log2_groups;
-  const int scale_group = static_cast<int>(threadIdx.x) & (num_groups - 1);
-  const int scale_warp = (scale_row / kWarpRows << log2_groups) + scale_group;
-  const int scale_at = scale_warp * kScaleStride + scale_row % kWarpRows;
-  float absmax = 0.0f;
-  uint32_t scale_code = 0;
-  const auto ask_for_scale = [&](const Place& place) {
-    const int row = min(place.row * tile_rows + scale_row, arguments.rows - 1);
-    const int group = min((place.col << log2_groups) + scale_group, last_group);
-    const int64_t index = arguments.first + row * arguments.row_length + group * kWarpCols;
-    const int64_t scale_block = index >> arguments.scales.log2_block_size;
-    if constexpr (kIsNested) {
-      scale_code = __ldg(arguments.scales.codes + scale_block);
-      absmax = __ldg(arguments.scales.nested_absmax + scale_block / kNestedBlockSize);
-    } else {
-      absmax = __ldg(arguments.scales.absmax + scale_block);
-    }
-  };
-  const auto hand_out_scale = [&](int buffer) {
-    float scale = absmax;
-    if constexpr (kIsNested) scale = __fadd_rn(__fmul_rn(shared.nested_code[scale_code], absmax), nested_offset);
-    shared.scales[buffer][scale_at] = scale;
-  };
-  uint32_t next_words[kRowSteps][kPairedRows];
-  const auto ask_for_codes = [&](const Place& place) {
-    const int group = (place.col << log2_groups) + warp_group;
-    if (group > last_group) return;
-    const int row = place.row * tile_rows + warp_row + lane_row;
-    const int64_t col = arguments.first + group * kWarpCols + lane_col;
+  // A thread's scales: number i of a tile is of row i >> log2_groups and of the group of columns that is the rest.
+  const auto scale_row_of = [&](int j) { return (static_cast<int>(threadIdx.x) + j * kThreads) >> log2_groups; };
+  const int scale_group = static_cast<int>(threadIdx.x) & ((1 << log2_groups) - 1);
+  int scale_at[kScales];
+  float absmax[kScales] = {};
+  uint32_t scale_codes[kScales] = {};
 #pragma unroll
-    for (int step = 0; step < kRowSteps; ++step) {
+  for (int j = 0; j < kScales; ++j) {
+    const int row = scale_row_of(j);
+    scale_at[j] = ((row / kWarpRows << log2_groups) + scale_group) * Shared::kScaleStride + row % kWarpRows;
+  }
+  const auto ask_for_scales = [&](const Place& at) {
+    const int group = min((at.col << log2_groups) + scale_group, last_group);
 #pragma unroll
-      for (int p = 0; p < kPairedRows; ++p) {
-        const int at = min(row + step * 8 + p, arguments.rows - 1);
-        next_words[step][p] = load_4_bytes_once(arguments.packed + (col + at * arguments.row_length) / 2);
+    for (int j = 0; j < kScales; ++j) {
+      const int row = min(at.row * tile_rows + scale_row_of(j), arguments.rows - 1);
+      const uint32_t scale_block =
+          (arguments.first_group + row * arguments.row_groups + group) >> arguments.log2_groups_per_scale;
+      if constexpr (kIsNested) {
+        scale_codes[j] = __ldg(arguments.scales.codes + scale_block);
+        absmax[j] = __ldg(arguments.scales.nested_absmax + scale_block / kNestedBlockSize);
+      } else {
+        absmax[j] = __ldg(arguments.scales.absmax + scale_block);
       }
     }
   };
+  const auto hand_out_scales = [&](int buffer) {
+#pragma unroll
+    for (int j = 0; j < kScales; ++j) {
+      float scale = absmax[j];
+      if constexpr (kIsNested) {
+        scale = __fadd_rn(__fmul_rn(shared.nested_code[scale_codes[j]], absmax[j]), nested_offset);
+      }
+      shared.scales[buffer][scale_at[j]] = scale;
+    }
+  };
+  // Codes of row `row` of a step, of those from `codes` on of which the last one is `last`.
+  const auto codes_of = [&](const Place& at) {
+    const int row = at.row * tile_rows + lane_row;
+    const int group = min((at.col << log2_groups) + warp_group, last_group);
+    return arguments.packed + row * int64_t{arguments.row_groups * (kWarpCols / 2)} +
+           (group * kWarpCols + lane_col) / 2;
+  };
+  const auto last_row_of = [&](const Place& at) { return arguments.rows - 1 - (at.row * tile_rows + lane_row); };
+  const auto load_codes = [&](const uint8_t* codes, int row, int last) {
+    const int offset = min(row, last);  // Not below 0 but where the tile's first row is not there.
+    return load_4_bytes_once(codes + offset * int64_t{static_cast<int>(arguments.row_groups) * (kWarpCols / 2)});
+  };
 
-  // What is asked for: scales two tiles ahead, B two, codes one.
+  // What is asked for: scales and B two tiles ahead, codes one.
+  if (tiles_left <= 0) return;
   Place place = first;
   Place next = first;
-  if (tiles_left > 0) {
-    ask_for_codes(first);
-    ask_for_scale(first);
-    load_right<T>(arguments, first.row * tile_rows, tile_rows, right);
-    hand_out_scale(0);
-  }
-  commit_copies();
   next.advance(arguments.row_tiles);
-  if (tiles_left > 1) {
-    ask_for_scale(next);
-    load_right<T>(arguments, next.row * tile_rows, tile_rows, right + right_tile_bytes);
+  uint32_t words[kRowSteps][kPairedRows];
+#pragma unroll
+  for (int step = 0; step < kRowSteps; ++step) {
+#pragma unroll
+    for (int p = 0; p < kPairedRows; ++p) {
+      words[step][p] = load_codes(codes_of(place), step * 8 + p, last_row_of(place));
+    }
   }
-  commit_copies();
-
+  ask_for_scales(place);
   uint32_t left[kSteps == 0 ? 1 : kSteps][kColSteps][4];
   int left_col = -1;
   int scale_buffer = 0;
   int right_buffer = 0;
+#pragma unroll 1
+  for (int ahead = 0; ahead < 2; ++ahead) {
+    if (ahead == 1) hand_out_scales(0);
+    const Place& at = ahead == 0 ? place : next;
+    if (ahead < tiles_left) {
+      if (ahead == 1) ask_for_scales(at);
+      load_right<T>(arguments, at.row * tile_rows, tile_rows, right + ahead * right_tile_bytes);
+    }
+    commit_copies();
+  }
+
   const bool is_b_float = arguments.b_dtype == QLORA_FLOAT32;
   for (; tiles_left > 0; --tiles_left) {
     wait_for_copies<1>();
     __syncthreads();  // What this tile needs is there, and nobody reads what the one before needed.
-    uint32_t words[kRowSteps][kPairedRows];
-#pragma unroll
-    for (int step = 0; step < kRowSteps; ++step) {
-#pragma unroll
-      for (int p = 0; p < kPairedRows; ++p) words[step][p] = next_words[step][p];
-    }
     Place after = next;
     after.advance(arguments.row_tiles);
-    if (tiles_left > 1) {
-      hand_out_scale(scale_buffer ^ 1);
-      ask_for_codes(next);
-    }
+    if (tiles_left > 1) hand_out_scales(scale_buffer ^ 1);
     if (tiles_left > 2) {
-      ask_for_scale(after);
+      ask_for_scales(after);
       const int buffer = right_buffer == 0 ? kRightBuffers - 1 : right_buffer - 1;
       load_right<T>(arguments, after.row * tile_rows, tile_rows, right + buffer * right_tile_bytes);
     }
     commit_copies();
 
+    const Place next_codes_at = tiles_left > 1 ? next : place;
+    const uint8_t* const next_codes = keep(codes_of(next_codes_at));
+    const int next_last = last_row_of(next_codes_at);
     const int group = (place.col << log2_groups) + warp_group;
-    if (group <= last_group) {
-      const int64_t col = group * kWarpCols + lane_col;
-      if (kSteps > 0 && place.col != left_col) {
-        left_col = place.col;
+    const bool has_columns = group <= last_group;
+    const int col = group * kWarpCols + lane_col;
+    if (kSteps > 0 && place.col != left_col && has_columns) {
+      left_col = place.col;
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) load_left<T>(arguments, col, step * 16, left[step]);
-      }
-      const uint32_t scales = shared_address(&shared.scales[scale_buffer][warp * kScaleStride + lane_row]);
-      const uint32_t right_row =
-          right + right_buffer * right_tile_bytes + (warp_row + lane / 4) * arguments.right_bytes;
-      const int right_rank = lane % 4 * 2;
-      const int row = place.row * tile_rows + warp_row + lane_row;
-      T* const out = y + row * arguments.leading_dimension + col;
+      for (int step = 0; step < kSteps; ++step) load_left<T>(arguments, col, step * 16, left[step]);
+    }
+    const uint32_t scales =
+        shared_address(&shared.scales[scale_buffer][warp * Shared::kScaleStride + lane % 4 * kPairedRows]);
+    const uint32_t right_row = right + right_buffer * right_tile_bytes + (warp_row + lane / 4) * arguments.right_bytes;
+    const int last = has_columns ? last_row_of(place) : -1;
+    char* const out =
+        reinterpret_cast<char*>(y + col) + (place.row * tile_rows + lane_row) * int64_t{arguments.y_row_bytes};
+    const auto merge = [&](auto* right_typed) {
+      using Right = std::remove_pointer_t<decltype(right_typed)>;
+      constexpr int kRightBytes = static_cast<int>(sizeof(Right));
+      const uint32_t right_lane = right_row + lane % 4 * 2 * kRightBytes;
 #pragma unroll
-      for (int begin_step = 0; begin_step < kRowSteps; begin_step += kRowStepsAtOnce) {
+      for (int first_step = 0; first_step < kRowSteps; first_step += kRowStepsAtOnce) {
         float sums[kRowStepsAtOnce][kColSteps][4] = {};
         const auto multiply = [&](int step16, const uint32_t (&a)[kColSteps][4]) {
 #pragma unroll
           for (int s = 0; s < kRowStepsAtOnce; ++s) {
-            const uint32_t from = right_row + (begin_step + s) * 8 * arguments.right_bytes;
-            const uint32_t b0 = load_right_pair<T>(from, step16 * 16 + right_rank, is_b_float);
-            const uint32_t b1 = load_right_pair<T>(from, step16 * 16 + right_rank + 8, is_b_float);
+            const uint32_t from = right_lane + (first_step + s) * 8 * arguments.right_bytes + step16 * 16 * kRightBytes;
+            const uint32_t b0 = load_right_pair<T, Right>(from);
+            const uint32_t b1 = load_right_pair<T, Right>(from + 8 * kRightBytes);
 #pragma unroll
             for (int c = 0; c < kColSteps; ++c) multiply_add<T>(sums[s][c], a[c], b0, b1);
           }
@@ -328,14 +370,14 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
 #pragma unroll
           for (int step = 0; step < kSteps; ++step) multiply(step, left[step]);
         } else {
-          for (int step = 0; step < arguments.padded_rank / 16; ++step) {
+          for (int step = 0; step < arguments.padded_rank / 16 && has_columns; ++step) {
             load_left<T>(arguments, col, step * 16, left[0]);
             multiply(step, left[0]);
           }
         }
 #pragma unroll
         for (int s = 0; s < kRowStepsAtOnce; ++s) {
-          const int step = begin_step + s;
+          const int step = first_step + s;
           const float2 pair = load_shared_two_floats(scales + step * 8 * sizeof(float));
 #pragma unroll
           for (int p = 0; p < kPairedRows; ++p) {
@@ -347,12 +389,17 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
               values[2 * c] = fmaf(arguments.scaling, sums[s][c][p], __fmul_rn(decoded.x, scale));
               values[2 * c + 1] = fmaf(arguments.scaling, sums[s][c][2 + p], __fmul_rn(decoded.y, scale));
             }
-            if (row + step * 8 + p < arguments.rows) {
-              store_16_bytes(out + (step * 8 + p) * arguments.leading_dimension, values);
-            }
+            const int row = step * 8 + p;
+            store_16_bytes_if(row <= last, reinterpret_cast<T*>(out + row * int64_t{arguments.y_row_bytes}), values);
+            words[step][p] = load_codes(next_codes, row, next_last);
           }
         }
       }
+    };
+    if (is_b_float) {
+      merge(static_cast<float*>(nullptr));
+    } else {
+      merge(static_cast<T*>(nullptr));
     }
     place = next;
     next = after;
@@ -372,18 +419,25 @@ struct Layout {
   int right_offset;
   int shared_bytes;
 };
-Layout layout_of(int64_t cols, int row_bytes, const Device& device) {
+Layout layout_of(int64_t cols, int rows, int row_bytes, const Device& device) {
   const int reserved = static_cast<int>(device.reserved_shared_bytes);
-  const int in_front = kTableAlignment - reserved - static_cast<int>(sizeof(Shared));
+  const int in_front = kTableAlignment - reserved - static_cast<int>(sizeof(BlockShared<64>));
   for (int log2_groups = 2;; ++log2_groups) {
-    const int ring = kRightBuffers * (kWarps * kWarpRows >> log2_groups) * row_bytes;
+    const int ring = kRightBuffers * (kWarps * rows >> log2_groups) * row_bytes;
     const bool is_in_front = ring <= in_front;
     const int bytes = kTableAlignment - reserved + FloatPairTable::kBytes + (is_in_front ? 0 : ring);
-    const bool is_wide_enough = int64_t{kWarpCols} << log2_groups >= cols || 1 << log2_groups == kWarps;
-    if (is_wide_enough && (bytes <= device.max_shared_bytes || 1 << log2_groups == kWarps)) {
+    const bool is_wide_enough = int64_t{kWarpCols} << log2_groups >= cols;
+    const bool is_widest = 1 << log2_groups == kWarps;
+    if (is_widest || (is_wide_enough && bytes <= device.max_shared_bytes)) {
       return {log2_groups, is_in_front ? -in_front : FloatPairTable::kBytes, bytes};
     }
   }
+}
+
+// kSteps of merged_weight_kernel.
+int steps_of(int padded_rank) {
+  const int steps = padded_rank / 16;
+  return steps == 1 || steps == 2 || steps == 4 ? steps : 0;
 }
 
 template <typename T, bool kIsNested, int kSteps>
@@ -404,60 +458,59 @@ void launch_merged(const Arguments& arguments, T* y, int shared_bytes, int multi
 }  // namespace
 
 bool supports_merged_weight(const qlora_weight_4bit& weight, int64_t rank, qlora_dtype dtype, const Device& device) {
-  const int row_bytes = right_bytes(static_cast<int>(round_up(rank, 16)), QLORA_FLOAT32);
+  const int padded_rank = static_cast<int>(round_up(rank, 16));
+  const int rows = warp_rows(steps_of(padded_rank));
   return is_narrow_fast(dtype, device) && weight.cols % kWarpCols == 0 && weight.block_size >= kWarpCols &&
          is_aligned(weight.packed, 8) && weight.rows < 1 << 30 && weight.cols < 1 << 30 &&
-         layout_of(weight.cols, row_bytes, device).shared_bytes <= device.max_shared_bytes;
+         num_values(weight) / kWarpCols < int64_t{1} << 31 &&
+         layout_of(weight.cols, rows, right_bytes(padded_rank, QLORA_FLOAT32), device).shared_bytes <=
+             device.max_shared_bytes;
 }
 
 void merged_weight(const qlora_weight_4bit& weight, const qlora_lora& lora, const Window& window, void* y,
                    int64_t leading_dimension, qlora_dtype dtype, int multiprocessors, const Device& device,
                    cudaStream_t stream) {
   Arguments arguments = {};
-  arguments.packed = weight.packed;
+  const int64_t first = window.row_begin * weight.cols + window.col_begin;
+  arguments.packed = weight.packed + first / 2;
   arguments.scales = scales_of(weight);
   arguments.codes = FloatPairTable::values(static_cast<Format>(weight.format));
-  arguments.first = window.row_begin * weight.cols + window.col_begin;
+  arguments.log2_groups_per_scale = arguments.scales.log2_block_size - log2_of(kWarpCols);
+  arguments.first_group = static_cast<uint32_t>(first / kWarpCols);
+  arguments.row_groups = static_cast<uint32_t>(weight.cols / kWarpCols);
   arguments.row_length = weight.cols;
   arguments.rows = static_cast<int>(window.row_end - window.row_begin);
-  arguments.cols = static_cast<int>(window.col_end - window.col_begin);
-  if (arguments.rows <= 0 || arguments.cols <= 0) return;
+  const int64_t cols = window.col_end - window.col_begin;
+  if (arguments.rows <= 0 || cols <= 0) return;
+  arguments.num_groups = static_cast<int>(cols / kWarpCols);
   arguments.a = static_cast<const char*>(lora.a) + window.col_begin * size_of(lora.a_dtype);
   arguments.a_dtype = lora.a_dtype;
   arguments.are_eights_of_a_whole = is_aligned(lora.a, 16);
   const int64_t b_row_bytes = lora.rank * size_of(lora.b_dtype);
   arguments.b = static_cast<const char*>(lora.b) + window.row_begin * b_row_bytes;
   arguments.b_dtype = lora.b_dtype;
-  arguments.is_b_copied =
-      (lora.b_dtype == QLORA_FLOAT32 || lora.b_dtype == dtype) && is_aligned(lora.b, 16) && b_row_bytes % 16 == 0;
+  arguments.log2_b_pieces = log2_of(ceil_div(b_row_bytes, 16));
+  arguments.is_b_copied = (lora.b_dtype == QLORA_FLOAT32 || lora.b_dtype == dtype) && is_aligned(lora.b, 16) &&
+                          b_row_bytes == int64_t{16} << arguments.log2_b_pieces;
   arguments.rank = static_cast<int>(lora.rank);
   arguments.padded_rank = static_cast<int>(round_up(lora.rank, 16));
   arguments.scaling = lora.scaling;
   arguments.right_bytes = right_bytes(arguments.padded_rank, lora.b_dtype);
-  const Layout layout = layout_of(arguments.cols, arguments.right_bytes, device);
+  const int steps = steps_of(arguments.padded_rank);
+  const Layout layout = layout_of(cols, warp_rows(steps), arguments.right_bytes, device);
   arguments.log2_groups = layout.log2_groups;
   arguments.right_offset = layout.right_offset;
-  arguments.row_tiles = static_cast<int>(ceil_div(arguments.rows, kWarps * kWarpRows >> layout.log2_groups));
-  arguments.num_tiles =
-      arguments.row_tiles * static_cast<int>(ceil_div(arguments.cols, kWarpCols << layout.log2_groups));
-  arguments.leading_dimension = leading_dimension;
+  arguments.row_tiles = static_cast<int>(ceil_div(arguments.rows, kWarps * warp_rows(steps) >> layout.log2_groups));
+  arguments.num_tiles = arguments.row_tiles * static_cast<int>(ceil_div(cols, kWarpCols << layout.log2_groups));
+  arguments.y_row_bytes = static_cast<uint32_t>(leading_dimension * 2);
   dispatch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (!std::is_same_v<T, float>) {
       dispatch_bool(is_nested(weight), [&](auto nested) {
-        const auto launch_with = [&](auto steps) {
-          launch_merged<T, decltype(nested)::value, decltype(steps)::value>(
+        dispatch_constant<0, 1, 2, 4>("merged_weight", steps, [&](auto constant) {
+          launch_merged<T, decltype(nested)::value, decltype(constant)::value>(
               arguments, static_cast<T*>(y), layout.shared_bytes, multiprocessors, device, stream);
-        };
-        if (arguments.padded_rank == 16) {
-          launch_with(std::integral_constant<int, 1>{});
-        } else if (arguments.padded_rank == 32) {
-          launch_with(std::integral_constant<int, 2>{});
-        } else if (arguments.padded_rank == 64) {
-          launch_with(std::integral_constant<int, 4>{});
-        } else {
-          launch_with(std::integral_constant<int, 0>{});
-        }
+        });
       });
     }
   });
