@@ -63,7 +63,7 @@ class _CrossEntropySum(torch.autograd.Function):
         ctx.save_for_backward(logits, targets)
         ctx.ignore_index = ignore_index
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        step = _rows_per_chunk(*logits.shape, CHUNK_VALUES)
+        step = _rows_per_chunk(logits.shape[0], logits.shape[1], CHUNK_VALUES)
         for rows, wanted in zip(torch.split(logits, step), torch.split(targets, step), strict=True):
             ignored = wanted == ignore_index
             losses = _losses(_log_probabilities(rows), wanted.masked_fill(ignored, 0))
@@ -75,7 +75,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None]:
         logits, targets = ctx.saved_tensors
         gradients = torch.empty_like(logits)
-        step = _rows_per_chunk(*logits.shape, CHUNK_VALUES)
+        step = _rows_per_chunk(logits.shape[0], logits.shape[1], CHUNK_VALUES)
         chunks = (torch.split(tensor, step) for tensor in (logits, targets, gradients))
         for rows, wanted, out in zip(*chunks, strict=True):
             ignored = wanted == ctx.ignore_index
@@ -99,7 +99,7 @@ def _head_loss(
     logits = F.linear(hidden, weight, bias)
     index = targets[:, None]
     at_target = torch.empty(index.shape, dtype=torch.float32, device=hidden.device)
-    step = _rows_per_chunk(*logits.shape, CHUNK_VALUES)
+    step = _rows_per_chunk(logits.shape[0], logits.shape[1], CHUNK_VALUES)
     chunks = (torch.split(tensor, step) for tensor in (logits, index, at_target))
     for rows, wanted, out in zip(*chunks, strict=True):
         _softmax_rows(rows, wanted, out, is_overwritten=gradients is not None)
