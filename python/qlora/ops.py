@@ -286,7 +286,7 @@ def round_columns_nf4(
         _checks.check_tensor(op, name, tensor, (torch.float32,))
         _checks.check_device(op, name, tensor, values.device)
         if tensor.shape != shape:
-            raise ValueError(f"qlora.{op}: {name}: {_checks.expected(list(shape), list(tensor.shape))}")
+            raise ValueError(f"qlora.{op}: {name}: {_checks.expected(str(list(shape)), list(tensor.shape))}")
     rounded, change = _round_columns_nf4(values, scales, inverse, coupling, previous)
     return rounded, change
 
