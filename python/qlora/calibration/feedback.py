@@ -65,11 +65,12 @@ def inverse_factor(moments: Tensor, order: Tensor | None = None) -> Tensor:
     factor = torch.zeros_like(moments)
     for start in range(0, size, _SOLVED_TOGETHER):
         end = min(start + _SOLVED_TOGETHER, size)
-        unit = torch.zeros(size - start, end - start, dtype=torch.float64, device=moments.device)
-        unit.fill_diagonal_(1.0)
-        columns = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)
+        unit = torch.zeros(size, end - start, dtype=torch.float64, device=moments.device)
+        unit[start:end].fill_diagonal_(1.0)
+        # The whole of L, though the rows before `start` stay 0: a part of it would be copied.
+        columns = torch.linalg.solve_triangular(lower, unit, upper=False)
         # Column j of L^-1, from row j on, is column size - 1 - j of U, up to that row, both backwards.
-        factor[: size - start, size - end : size - start] = columns.flip(0, 1)
+        factor[: size - start, size - end : size - start] = columns[start:].flip(0, 1)
     return factor
 
 
