@@ -72,7 +72,7 @@ def calibrate_(
     quantised ones do, while moments of a linear's inputs are summed up. It gets the weight that makes of the second what
     it made of the first, then the next linear follows. In the end the windows go through the original layer and the
     quantised one, which gives the inputs of layer i + 1. On `device` are one layer in float32 and what fitting one
-    weight takes: about ten [k, k] matrices of float32 and ten times the weight. The model may stay on the CPU, in 16
+    weight takes: at most four [k, k] matrices of float32 and twelve times the weight. The model may stay on the CPU, in 16
     bits; where it is are, in float32, two hidden states of every token and what one layer's linears get of it.
 
     Linears outside the decoder layers, and embeddings if the configuration wants them, are quantised as
