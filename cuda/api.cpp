@@ -169,12 +169,12 @@ qlora_status qlora_dequantize_4bit_cuda(const qlora_weight_4bit* weight, void* y
     constexpr const char* kOp = "dequantize_4bit";
     qlora::check_weight(kOp, weight);
     qlora::check_dtype(kOp, dtype);
-    qlora::find_device(kOp, device);
+    const qlora::Device& found = qlora::find_device(kOp, device);
     if (qlora::num_values(*weight) == 0) return;
     qlora::check_pointer(kOp, "y", y);
     const qlora::DeviceGuard guard(device);
     const qlora::Window whole = {0, weight->rows, 0, weight->cols};
-    qlora::dequantize_4bit(*weight, whole, y, weight->cols, dtype, qlora::to_cuda(stream));
+    qlora::dequantize_4bit(*weight, whole, y, weight->cols, dtype, 0, found, qlora::to_cuda(stream));
   });
 }
 

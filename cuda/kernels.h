@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/weight.h"
+#include "cuda/device_guard.h"
 #include "qlora/qlora.h"
 
 namespace qlora {
@@ -21,9 +22,10 @@ struct Window {
 void quantize_4bit(const void* x, qlora_dtype dtype, int64_t n, int64_t block_size, qlora_format format,
                    uint8_t* packed, float* absmax, cudaStream_t stream);
 
-// y [rows of the window, leading_dimension]: the window's columns; those beyond are not touched.
+// y [rows of the window, leading_dimension]: the window's columns; those beyond are not touched. multiprocessors: as
+// many at most do the work, whole ones, beside kernels on the others; 0: all. The values are the same.
 void dequantize_4bit(const qlora_weight_4bit& weight, const Window& window, void* y, int64_t leading_dimension,
-                     qlora_dtype dtype, cudaStream_t stream);
+                     qlora_dtype dtype, int multiprocessors, const Device& device, cudaStream_t stream);
 
 void quantize_absmax(const float* absmax, int64_t n, const float* nested_offset, const float* nested_code,
                      uint8_t* codes, float* nested_absmax, cudaStream_t stream);

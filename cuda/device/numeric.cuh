@@ -99,6 +99,22 @@ __device__ __forceinline__ void store_16_bytes(T* address, const float (&values)
                : "memory");
 }
 
+// The same without a branch around what makes the values.
+template <typename T>
+__device__ __forceinline__ void store_16_bytes_if(bool is_stored, T* address,
+                                                  const float (&values)[kValuesPer16Bytes<T>]) {
+  constexpr int kStep = Word<T>::kValues;
+  asm volatile(
+      "{\n"
+      ".reg .pred is_stored;\n"
+      "setp.ne.u32 is_stored, %5, 0;\n"
+      "@is_stored st.global.v4.u32 [%0], {%1, %2, %3, %4};\n"
+      "}" ::"l"(address),
+      "r"(Word<T>::pack(values)), "r"(Word<T>::pack(values + kStep)), "r"(Word<T>::pack(values + 2 * kStep)),
+      "r"(Word<T>::pack(values + 3 * kStep)), "r"(static_cast<uint32_t>(is_stored))
+      : "memory");
+}
+
 // 16 bytes to their values.
 template <typename T>
 __device__ __forceinline__ void unpack_16_bytes(const uint4& v, float* values) {

@@ -30,6 +30,10 @@ __device__ __forceinline__ void store_shared_4_bytes(uint32_t address, uint32_t 
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_2_bytes(uint32_t address, uint16_t v) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
   uint32_t word;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
@@ -56,6 +60,10 @@ __device__ __forceinline__ float2 load_shared_two_floats(uint32_t address) {
 __device__ __forceinline__ uint32_t keep(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
+}
+__device__ __forceinline__ const uint8_t* keep(const uint8_t* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
 }
 
 }  // namespace qlora

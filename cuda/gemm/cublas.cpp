@@ -30,6 +30,7 @@ struct Library {
   Status (*set_stream)(Handle, cudaStream_t) = nullptr;
   Status (*set_workspace)(Handle, void*, size_t) = nullptr;
   Status (*set_math_mode)(Handle, int) = nullptr;
+  Status (*set_multiprocessors)(Handle, int) = nullptr;  // null: a cuBLAS without it
   Status (*gemm)(Handle, int trans_a, int trans_b, int64_t m, int64_t n, int64_t k, const void* alpha, const void* a,
                  int type_a, int64_t lda, const void* b, int type_b, int64_t ldb, const void* beta, void* c, int type_c,
                  int64_t ldc, int compute_type, int algorithm) = nullptr;
@@ -68,6 +69,8 @@ Library open_library() {
   find_symbol(file, "cublasSetWorkspace_v2", library.set_workspace, library.missing);
   find_symbol(file, "cublasSetMathMode", library.set_math_mode, library.missing);
   find_symbol(file, "cublasGemmEx_64", library.gemm, library.missing);
+  std::string ignored;
+  find_symbol(file, "cublasSetSmCountTarget", library.set_multiprocessors, ignored);
   return library;
 }
 
@@ -142,6 +145,7 @@ int data_type(qlora_dtype dtype) {
 }  // namespace
 
 const std::string& cublas_missing() { return library().missing; }
+bool cublas_shares_device() { return library().missing.empty() && library().set_multiprocessors != nullptr; }
 
 void cublas_gemm(const CublasGemm& gemm, int device, void* workspace, cudaStream_t stream) {
   if (!library().missing.empty()) fail(QLORA_UNSUPPORTED, "cublas_gemm: ", library().missing);
@@ -150,6 +154,9 @@ void cublas_gemm(const CublasGemm& gemm, int device, void* workspace, cudaStream
                "cublasSetStream");  // Resets the workspace: that comes next.
   check_cublas(library().set_workspace(handle.get(), workspace, static_cast<size_t>(kCublasWorkspaceBytes)),
                "cublasSetWorkspace");
+  if (library().set_multiprocessors != nullptr) {
+    check_cublas(library().set_multiprocessors(handle.get(), gemm.multiprocessors), "cublasSetSmCountTarget");
+  }
   const float alpha = 1.0f;
   const float beta = 0.0f;
   const int type = data_type(gemm.dtype);

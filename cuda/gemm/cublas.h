@@ -25,11 +25,13 @@ struct CublasGemm {
   bool is_b_transposed;
   void* c;  // [m, n] of row length ldc
   int64_t ldc;
+  int multiprocessors;  // that the product should use at most; 0: all
 };
 
 inline constexpr int64_t kCublasWorkspaceBytes = 32 << 20;  // NVIDIA's advice for Hopper
 
-// "" where cuBLAS can be used, else why not.
+// Whether cuBLAS can be told how many multiprocessors to use, and "" where it can be used, else why not.
+bool cublas_shares_device();
 const std::string& cublas_missing();
 
 // Runs on the current device, which is `device`. `workspace`: kCublasWorkspaceBytes of device memory, 256-byte aligned;

@@ -3,16 +3,24 @@
 //   forward         chunk = rows n0..n1 of W [n, k]:  y[:, n0:n1] = x W[n0:n1, :]^T + bias[n0:n1]
 //   input gradient  chunk = columns k0..k1 of W:      dx[:, k0:k1] = dy W[:, k0:k1]
 //
-// No chunk adds to another's output, so each output is rounded once. The chunk buffer is reused: where many rows allow
-// narrow chunks it is written and read in L2, without reaching HBM. With a bias the product stays in fp32, chunk by
+// No chunk adds to another's output, so each output is rounded once. On Hopper, from some rows on, a few
+// multiprocessors decode the next chunk on a stream of their own while cuBLAS multiplies this one on the others:
+//
+//   decoders  chunk 1    chunk 2    chunk 3    ...          chunk i + 1 waits for the product of chunk i - 1, whose
+//   cuBLAS      product 0  product 1  product 2  ...        buffer it takes; product i for chunk i
+//
+// A chunk is as wide as makes whole waves of tiles of cuBLAS on the multiprocessors that are left. Elsewhere all
+// multiprocessors decode a chunk, then all multiply it. Buffers are reused: where many rows allow narrow chunks they
+// are written and read in L2, without reaching HBM. With a bias the product stays in fp32, chunk by
 // chunk, and is rounded once with the bias added: cuBLAS rounds some 16-bit products before it adds to them. A low-rank
 // term is added to the chunk of the weight, if it is a product of the same input, else to that of the output, which
 // then lies in L2 for the most part. Best for m of some hundreds and more.
 //
-// Workspace: [cuBLAS 32 MiB][chunk][with a bias: fp32 product, m rows of a chunk's columns]
+// Workspace: [cuBLAS 32 MiB][one chunk, or two][with a bias: fp32 product, m rows of a chunk's columns]
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <optional>
 
 #include "core/status.h"
 #include "cuda/device/numeric.cuh"
@@ -22,19 +30,26 @@
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/lora/lora.h"
+#include "cuda/side_stream.h"
 #include "cuda/weight_arguments.h"
 
 namespace qlora {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kChunkMultiple = 256;                 // of rows or columns: whole tiles of cuBLAS' kernels
-constexpr int64_t kMinChunkBytes = int64_t{16} << 20;   // below, launches cost more than L2 saves
-constexpr int64_t kMaxChunkBytes = int64_t{128} << 20;  // what a caller's workspace may be asked for
+constexpr int64_t kChunkMultiple = 256;                     // of rows or columns: whole tiles of cuBLAS' kernels
+constexpr int64_t kMinChunkBytes = int64_t{16} << 20;       // below, launches cost more than L2 saves
+constexpr int64_t kMaxChunkBytes = int64_t{128} << 20;      // what a caller's workspace may be asked for
+constexpr int64_t kMaxChunkBytesAhead = int64_t{32} << 20;  // of each of two
 constexpr int64_t kMaxProductBytes = int64_t{64} << 20;
 constexpr int64_t kProductBytes = sizeof(float);
 constexpr int64_t kBufferAlignment = 256;
 constexpr int64_t kRankDepthPerRow = 256;  // see adds_to_weight
+constexpr int64_t kMinRowsAhead = 8192;
+constexpr int64_t kMinRowsAheadMerged = 16384;  // where the weight has a low-rank term added; a guess
+constexpr int kDecoders = 4;
+constexpr int64_t kWaves = 2;
+constexpr int64_t kTileValues = 128 * 256;  // of the output, that a block of cuBLAS computes
 
 // Columns of the output that a chunk should cover: few enough to stay in L2, enough that cuBLAS fills the machine.
 // H100, 2026-11: QLORA_DENSE_CHUNK_BYTES swept over widths 512 to 14336 on the layers of Llama-3-8B; 2048 was up to 8 %
@@ -44,33 +59,63 @@ int64_t best_width(int64_t m) {
   return m >= 1024 ? 16384 : 4096;
 }
 
-// Bytes of a chunk; QLORA_DENSE_CHUNK_BYTES overrides.
-int64_t chunk_bytes(int64_t m, int64_t column_bytes) {
-  const char* const text = std::getenv("QLORA_DENSE_CHUNK_BYTES");
-  if (text == nullptr || *text == '\0') return std::clamp(best_width(m) * column_bytes, kMinChunkBytes, kMaxChunkBytes);
+// A positive number of the environment, or `otherwise` where it is not set.
+int64_t environment_number(const char* name, int64_t smallest, int64_t otherwise) {
+  const char* const text = std::getenv(name);
+  if (text == nullptr || *text == '\0') return otherwise;
   char* end = nullptr;
-  const long long bytes = std::strtoll(text, &end, 10);
-  expect(*end == '\0' && bytes > 0, "QLORA_DENSE_CHUNK_BYTES: expected a positive number of bytes, got ", text);
-  return bytes;
+  const long long number = std::strtoll(text, &end, 10);
+  expect(*end == '\0' && number >= smallest, name, ": expected a number from ", smallest, " on, got ", text);
+  return number;
 }
 
-// Rows (forward) or columns (input gradient) of a chunk: the number of chunks that the size asks for, evenly wide.
-int64_t chunk_width(const Gemm& problem) {
+// How a problem is cut up.
+struct Chunks {
+  int64_t width;        // of the output: n forward, k for the input gradient
+  int64_t depth;        // summed over
+  int64_t step;         // columns of the output that a chunk covers
+  int64_t buffer_size;  // bytes, padded so that what follows is aligned
+  int decoders;         // multiprocessors that decode ahead; 0: none, and one buffer
+};
+
+// Multiprocessors that decode ahead; 0: none. QLORA_DENSE_DECODERS overrides.
+//
+// H100, 2026-11, us without and with 4, forward / input gradient of 14336 x 4096: 1478 and 1406 / 1445 and 1426 at 8192
+// rows; 4096 x 14336 1416 and 1405 / 1447 and 1434; 4096 x 4096 416 and 407 / 402 and 406. At 4096 rows 729 and 814 /
+// 684 and 745: 4 multiprocessors decode 15 values a clock each, a product of 2048 columns waits for them. With a
+// low-rank term they decode 6.
+int num_decoders(const Gemm& problem, const Device& device, bool is_in_weight) {
+  const bool is_possible = device.major == 9 && problem.dtype != QLORA_FLOAT32 && cublas_shares_device();
+  if (!is_possible) return 0;
+  const int otherwise = problem.m >= (is_in_weight ? kMinRowsAheadMerged : kMinRowsAhead) ? kDecoders : 0;
+  return static_cast<int>(environment_number("QLORA_DENSE_DECODERS", 0, otherwise));
+}
+
+// Columns of the output whose tiles fill the multiprocessors that `decoders` leave for whole waves.
+int64_t columns_of_waves(int64_t m, const Device& device, int decoders) {
+  return kWaves * (device.num_multiprocessors - decoders) * kTileValues / m;
+}
+
+Chunks chunks_of(const Gemm& problem, const Device& device, bool is_in_weight) {
   const bool is_forward = problem.direction == Direction::kForward;
-  const int64_t width = is_forward ? problem.weight.rows : problem.weight.cols;
-  const int64_t depth = is_forward ? problem.weight.cols : problem.weight.rows;
-  const int64_t column_bytes = depth * size_of(problem.dtype);
-  int64_t widest = chunk_bytes(problem.m, column_bytes) / column_bytes;
+  Chunks chunks = {};
+  chunks.width = is_forward ? problem.weight.rows : problem.weight.cols;
+  chunks.depth = is_forward ? problem.weight.cols : problem.weight.rows;
+  chunks.decoders = num_decoders(problem, device, is_in_weight);
+  const int64_t column_bytes = chunks.depth * size_of(problem.dtype);
+  const bool is_ahead = chunks.decoders > 0;
+  const int64_t columns = is_ahead ? columns_of_waves(problem.m, device, chunks.decoders) : best_width(problem.m);
+  const int64_t most = is_ahead ? kMaxChunkBytesAhead : kMaxChunkBytes;
+  const int64_t bytes =
+      environment_number("QLORA_DENSE_CHUNK_BYTES", 1, std::clamp(columns * column_bytes, kMinChunkBytes, most));
+  int64_t widest = bytes / column_bytes;
   if (problem.has_bias) widest = std::min(widest, kMaxProductBytes / kProductBytes / problem.m);
-  widest = widest / kChunkMultiple * kChunkMultiple;
-  const int64_t num_chunks = ceil_div(width, std::max(widest, kChunkMultiple));
-  return std::min(width, round_up(ceil_div(width, num_chunks), kChunkMultiple));
-}
-
-// Bytes of the chunk buffer, padded so that what follows is aligned.
-int64_t chunk_buffer_size(const Gemm& problem) {
-  const int64_t depth = problem.direction == Direction::kForward ? problem.weight.cols : problem.weight.rows;
-  return round_up(chunk_width(problem) * depth * size_of(problem.dtype), kBufferAlignment);
+  widest = std::max(widest / kChunkMultiple * kChunkMultiple, kChunkMultiple);
+  const int64_t count = ceil_div(chunks.width, widest);
+  if (count == 1) chunks.decoders = 0;
+  chunks.step = std::min(chunks.width, round_up(ceil_div(chunks.width, count), kChunkMultiple));
+  chunks.buffer_size = round_up(chunks.step * column_bytes, kBufferAlignment);
+  return chunks;
 }
 
 // y [m, cols] of row length row_length = product [m, cols] + bias [cols], each thread kValues columns, rows strided
@@ -139,6 +184,60 @@ bool adds_to_weight(const Gemm& problem, const Device& device) {
          supports_merged_weight(problem.weight, term.rank, problem.dtype, device);
 }
 
+int64_t num_buffers(const Chunks& chunks) { return chunks.decoders > 0 ? 2 : 1; }
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+// Columns of the output that a chunk covers.
+Range columns_of(const Chunks& chunks, int64_t chunk) {
+  return {chunk * chunks.step, std::min((chunk + 1) * chunks.step, chunks.width)};
+}
+
+// The chunk's part of W.
+Window window_of(const Gemm& problem, const Chunks& chunks, int64_t chunk) {
+  const auto [begin, end] = columns_of(chunks, chunk);
+  const bool is_forward = problem.direction == Direction::kForward;
+  return is_forward ? Window{begin, end, 0, chunks.depth} : Window{0, chunks.depth, begin, end};
+}
+
+// y = the chunk of W, with the low-rank term if is_in_weight, by `multiprocessors` of the device; 0: by all.
+void decode_chunk(const Gemm& problem, const Chunks& chunks, int64_t chunk, bool is_in_weight, void* y,
+                  int multiprocessors, const Device& device, cudaStream_t stream) {
+  const Window window = window_of(problem, chunks, chunk);
+  const int64_t row_length = window.col_end - window.col_begin;
+  if (is_in_weight) {
+    merged_weight(problem.weight, *problem.low_rank.adapter, window, y, row_length, problem.dtype, multiprocessors,
+                  device, stream);
+  } else {
+    dequantize_4bit(problem.weight, window, y, row_length, problem.dtype, multiprocessors, device, stream);
+  }
+}
+
+// The chunk's columns of the output, or, with a bias, of the fp32 product.
+void multiply_chunk(const Gemm& problem, const Chunks& chunks, int64_t chunk, const void* weight, float* product,
+                    const Device& device, cudaStream_t stream) {
+  const auto [begin, end] = columns_of(chunks, chunk);
+  CublasGemm gemm = {};
+  gemm.dtype = problem.dtype;
+  gemm.c_dtype = problem.has_bias ? QLORA_FLOAT32 : problem.dtype;
+  gemm.m = problem.m;
+  gemm.n = end - begin;
+  gemm.k = chunks.depth;
+  gemm.a = problem.input;
+  gemm.lda = gemm.k;
+  gemm.b = weight;
+  gemm.is_b_transposed = problem.direction == Direction::kForward;
+  gemm.ldb = gemm.is_b_transposed ? gemm.k : gemm.n;
+  gemm.c = problem.has_bias ? static_cast<void*>(product)
+                            : static_cast<char*>(problem.output) + begin * size_of(problem.dtype);
+  gemm.ldc = problem.has_bias ? gemm.n : chunks.width;
+  gemm.multiprocessors = chunks.decoders == 0 ? 0 : device.num_multiprocessors - chunks.decoders;
+  cublas_gemm(gemm, device.index, problem.workspace, stream);
+}
+
 }  // namespace
 
 bool supports_dense(const Gemm& problem, const Device&, std::string* why_not) {
@@ -147,45 +246,43 @@ bool supports_dense(const Gemm& problem, const Device&, std::string* why_not) {
   return missing.empty() || refuse(why_not, missing);
 }
 
-int64_t dense_workspace_size(const Gemm& problem, const Device&) {
-  const int64_t product = problem.has_bias ? problem.m * chunk_width(problem) * kProductBytes : 0;
-  return kCublasWorkspaceBytes + chunk_buffer_size(problem) + product;
+int64_t dense_workspace_size(const Gemm& problem, const Device& device) {
+  const auto size = [&](bool is_in_weight) {
+    const Chunks chunks = chunks_of(problem, device, is_in_weight);
+    const int64_t product = problem.has_bias ? problem.m * chunks.step * kProductBytes : 0;
+    return kCublasWorkspaceBytes + num_buffers(chunks) * chunks.buffer_size + product;
+  };
+  // Whether the term is one of the same input, which may be added to the weight, is not known yet.
+  return problem.low_rank.rank == 0 ? size(false) : std::max(size(false), size(true));
 }
 
 void dense(const Gemm& problem, const Device& device, cudaStream_t stream) {
-  const bool is_forward = problem.direction == Direction::kForward;
-  const int64_t n = problem.weight.rows;
-  const int64_t k = problem.weight.cols;
-  const int64_t width = is_forward ? n : k;
-  const int64_t step = chunk_width(problem);
   const bool is_in_weight = adds_to_weight(problem, device);
-  char* const chunk = static_cast<char*>(problem.workspace) + kCublasWorkspaceBytes;
-  float* const product = reinterpret_cast<float*>(chunk + chunk_buffer_size(problem));
-  for (int64_t begin = 0; begin < width; begin += step) {
-    const int64_t end = std::min(begin + step, width);
-    const Window window = is_forward ? Window{begin, end, 0, k} : Window{0, n, begin, end};
-    const int64_t chunk_row = window.col_end - window.col_begin;
-    if (is_in_weight) {
-      merged_weight(problem.weight, *problem.low_rank.adapter, window, chunk, chunk_row, problem.dtype, device, stream);
+  const Chunks chunks = chunks_of(problem, device, is_in_weight);
+  char* const buffers = static_cast<char*>(problem.workspace) + kCublasWorkspaceBytes;
+  float* const product = reinterpret_cast<float*>(buffers + num_buffers(chunks) * chunks.buffer_size);
+  const auto buffer = [&](int64_t chunk) { return buffers + chunk % num_buffers(chunks) * chunks.buffer_size; };
+  const int64_t count = ceil_div(chunks.width, chunks.step);
+  std::optional<SideStream> ahead;
+  if (chunks.decoders > 0) {
+    ahead.emplace(device, stream);
+    ahead->mark_main();
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (i == 0 || !ahead) {
+      decode_chunk(problem, chunks, i, is_in_weight, buffer(i), 0, device, stream);
     } else {
-      dequantize_4bit(problem.weight, window, chunk, chunk_row, problem.dtype, stream);
+      ahead->await_side();
     }
-    CublasGemm gemm = {};
-    gemm.dtype = problem.dtype;
-    gemm.c_dtype = problem.has_bias ? QLORA_FLOAT32 : problem.dtype;
-    gemm.m = problem.m;
-    gemm.n = end - begin;
-    gemm.k = is_forward ? k : n;
-    gemm.a = problem.input;
-    gemm.lda = gemm.k;
-    gemm.b = chunk;
-    gemm.ldb = chunk_row;
-    gemm.is_b_transposed = is_forward;
-    gemm.c = problem.has_bias ? static_cast<void*>(product)
-                              : static_cast<char*>(problem.output) + begin * size_of(problem.dtype);
-    gemm.ldc = problem.has_bias ? gemm.n : width;
-    cublas_gemm(gemm, device.index, problem.workspace, stream);
-    if (problem.has_bias) add_bias(problem, product, begin, gemm.n, stream);
+    if (ahead && i + 1 < count) {
+      ahead->await_main();
+      decode_chunk(problem, chunks, i + 1, is_in_weight, buffer(i + 1), chunks.decoders, device, ahead->get());
+      ahead->mark_side();
+    }
+    multiply_chunk(problem, chunks, i, buffer(i), product, device, stream);
+    if (ahead) ahead->mark_main();
+    const auto [begin, end] = columns_of(chunks, i);
+    if (problem.has_bias) add_bias(problem, product, begin, end - begin, stream);
     if (problem.low_rank.rank > 0 && !is_in_weight) add_update(problem, begin, end, device, stream);
   }
 }

@@ -34,8 +34,16 @@ bool wide_sm90_yields(const Gemm& problem, const Device& device) {
   return (problem.m > 2048 || problem.weight.rows < 4096) && supports_dense(problem, device, nullptr);
 }
 
-// Compiled, and its mapping and arithmetic emulated, but not run on a GPU yet: only QLORA_LINEAR_KERNEL chooses it.
-bool skinny_grad_sm90_yields(const Gemm&, const Device&) { return true; }
+// On an H100 in µs, skinny_grad_sm90 and wide_grad_sm90 at 1, 8 and 16 rows: 14336 x 4096 18.8 and 23.8, 20.5 and 24.1,
+// 22.7 and 24.2; 4096 x 14336 21.4 and 25.5, 22.0 and 25.1, 25.1 and 25.7; 4096 x 4096 8.4 and 10.7, 9.5 and 11.2, 11.9
+// and 11.2; 1024 x 4096 5.9 and 5.7, 7.2 and 6.5, 9.1 and 6.8. Between these sizes the bounds are a guess, and so is
+// that a low-rank term, which wide_grad_sm90 adds itself, is better left to it.
+bool skinny_grad_sm90_yields(const Gemm& problem, const Device& device) {
+  const int64_t num_values = problem.weight.rows * problem.weight.cols;
+  const bool is_slower =
+      problem.low_rank.rank > 0 || num_values < (problem.m <= 8 ? int64_t{8} << 20 : int64_t{32} << 20);
+  return is_slower && supports_wide_grad_sm90(problem, device, nullptr);
+}
 
 // On an H100 in µs, wide_grad_sm90 and dense: 14336 x 4096 105 and 133 at 512 rows, 198 and 212 at 1024, 396 and 373 at
 // 2048; 4096 x 14336 120 and 153, 237 and 222, 420 and 392; 4096 x 4096 39 and 39, 57 and 60, 123 and 106.

@@ -17,8 +17,7 @@
 
 namespace qlora::skinny_grad {
 
-constexpr int kMaxCluster = 8;         // blocks in a portable cluster
-constexpr int kMaxClusterTokens = 16;  // whose sums shared memory holds
+constexpr int kMaxCluster = 8;  // blocks in a portable cluster
 
 #if __CUDA_ARCH__ >= 900
 
@@ -48,6 +47,7 @@ class Consumer {
     const uint32_t weight = shared_address(shared.weight[0]) + group() % 4 * 4;
     even_rows_ = keep(weight + first * kTileBytes + (piece ^ first % 8) * 16);
     odd_rows_ = keep(weight + (first + 1) * kTileBytes + (piece ^ (first + 1) % 8) * 16);
+    frees_stages_ = lane() == 0 || !arguments.is_weight_aligned;
     const int depth = row_group() * kGroupDepths;
     scales_ = keep(shared_address(&shared.scales[block()][depth * kDepth + quad() * 4]));
 #pragma unroll
@@ -61,7 +61,7 @@ class Consumer {
     const int end = min(item_.step_end * kStep, arguments_.rows);
     operands.template prepare<true>(item_.step_begin * kStep, end, turn_);
     multiply_segment(item_.step_begin);
-    for (int step = item_.step_begin + kSegmentSteps<kTokens>; step < item_.step_end; step += kSegmentSteps<kTokens>) {
+    for (int step = item_.step_begin + kSegmentSteps; step < item_.step_end; step += kSegmentSteps) {
       turn_ ^= 1;
       operands.template prepare<false>(step * kStep, end, turn_);
       follow_powers();
@@ -77,7 +77,6 @@ class Consumer {
   static constexpr int kPieceBytes = 32 * sizeof(float4);
   static constexpr int kExchangeBytes = kRowGroups * kPieces * kPieceBytes;
   static constexpr int kReceiveBytes = (kPieces + kMaxCluster - 1) * kPieceBytes;
-  static constexpr bool kCanCluster = kTokens <= kMaxClusterTokens;
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   static __device__ __forceinline__ int group() { return lane() / 4; }
@@ -107,7 +106,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ void multiply_segment(int first_step) {
-    const int num_steps = min(kSegmentSteps<kTokens>, item_.step_end - first_step);
+    const int num_steps = min(kSegmentSteps, item_.step_end - first_step);
 #pragma unroll 1
     for (int step = 0; step < num_steps; ++step) multiply_step(step);
   }
@@ -117,26 +116,20 @@ class Consumer {
     const uint32_t stage = place_.stage() * static_cast<uint32_t>(sizeof(shared_.weight[0]));
     wait(shared_.full[place_.stage()], place_.parity());
     uint32_t words[kGroupDepths][4];  // of rows 2i, 2i+1, 2i+8, 2i+9
-    const auto load_words = [&](int d) {
+#pragma unroll
+    for (int d = 0; d < kGroupDepths; ++d) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint32_t offset = stage + d * kDepth * kTileBytes + h * 8 * kTileBytes;
         words[d][2 * h] = load_shared_word(even_rows_ + offset);
         words[d][2 * h + 1] = load_shared_word(odd_rows_ + offset);
       }
-    };
-    constexpr bool kAllAtOnce = kTokens < 32;  // or what registers hold
-#pragma unroll
-    for (int d = 0; d < (kAllAtOnce ? kGroupDepths : 0); ++d) load_words(d);
-    const auto free_stage = [&] {
-      __syncwarp();
-      if (lane() == 0) arrive(shared_.empty[place_.stage()]);
-      place_.advance();
-    };
-    if constexpr (kAllAtOnce) free_stage();
+    }
+    __syncwarp();
+    if (frees_stages_) arrive(shared_.empty[place_.stage()]);
+    place_.advance();
 #pragma unroll
     for (int d = 0; d < kGroupDepths; ++d) {
-      if constexpr (!kAllAtOnce) load_words(d);
       const int depth = step * kStepDepths + d;
       const uint2 scales = load_shared_8_bytes(scales_ + depth * kDepth * sizeof(__half));
       uint32_t b[kTokenTiles][2];
@@ -155,7 +148,6 @@ class Consumer {
       multiply_columns<2>(even, odd, b);
       multiply_columns<3>(even, odd, b);
     }
-    if constexpr (!kAllAtOnce) free_stage();
   }
 
   __device__ __forceinline__ uint32_t merge(uint32_t high, uint32_t low) const {
@@ -178,11 +170,10 @@ class Consumer {
   }
 
   // Adds the sums of the warps that share columns, and of the blocks of a cluster, by way of the ring and of dy, which
-  // all have read.
+  // all have read. Warps share powers of two, blocks do not: the sum of a part is the first that may overflow.
   __device__ __forceinline__ void add_and_store() {
-    static_assert(kExchangeBytes + (kCanCluster ? kReceiveBytes : 0) <= sizeof(shared_.weight) + sizeof(shared_.dy));
-    const bool is_cluster = kCanCluster && arguments_.is_cluster;
-    if (is_cluster) {
+    static_assert(kExchangeBytes + kReceiveBytes <= sizeof(shared_.weight) + sizeof(shared_.dy));
+    if (arguments_.is_cluster) {
       __syncwarp();
       arrive_at_cluster();
     }
@@ -195,19 +186,15 @@ class Consumer {
     for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
       for (int p = 0; p < 2; ++p) {
-        const int inverse = 254 - power(turn_, t, p);  // in two halves: its range is twice a float's
-        const float first = power_value(127 + (inverse >> 1)) * arguments_.table_scale_inverse;
-        const float second = power_value(127 + inverse - (inverse >> 1));
-        const auto value = [&](int j, int half) { return sums_[t][j][2 * half + p] * first * second; };
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          place(row_group(), (t * 2 + p) * 2 + c) =
-              make_float4(value(2 * c, 0), value(2 * c, 1), value(2 * c + 1, 0), value(2 * c + 1, 1));
+          place(row_group(), (t * 2 + p) * 2 + c) = make_float4(sums_[t][2 * c][p], sums_[t][2 * c][2 + p],
+                                                                sums_[t][2 * c + 1][p], sums_[t][2 * c + 1][2 + p]);
         }
       }
     }
     synchronize<kConsumers>(kAllConsumers);
-    if (is_cluster) {
+    if (arguments_.is_cluster) {
       __syncwarp();
       wait_for_cluster();
     }
@@ -217,13 +204,14 @@ class Consumer {
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
       for (int r = 0; r < kRowGroups; ++r) add(sum, place(r, vector));
-      if (is_cluster) {
+      restore(sum, power(turn_, vector / 4, vector / 2 % 2));
+      if (arguments_.is_cluster) {
         send(vector * kTileBlocks + block(), sum);
       } else {
         store(vector * kTileBlocks + block(), sum);
       }
     }
-    if (is_cluster) {
+    if (arguments_.is_cluster) {
       hand_over_to_cluster();
       take_over_from_cluster();
       for (int piece = item_.part + threadIdx.x / 32 * arguments_.num_parts; piece < kPieces;
@@ -237,6 +225,14 @@ class Consumer {
 
   static __device__ __forceinline__ void add(float4& sum, const float4& v) {
     sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+  }
+
+  // Takes out of a sum what a segment's powers brought into it.
+  __device__ __forceinline__ void restore(float4& sum, int power) const {
+    const int inverse = 254 - power;  // in two halves: its range is twice a float's
+    const float first = power_value(127 + (inverse >> 1)) * arguments_.table_scale_inverse;
+    const float second = power_value(127 + inverse - (inverse >> 1));
+    sum = make_float4(sum.x * first * second, sum.y * first * second, sum.z * first * second, sum.w * first * second);
   }
 
   // A cluster's blocks take turns at the pieces: where the sums of a part lie for the one that adds them up.
@@ -285,6 +281,7 @@ class Consumer {
   uint32_t scales_;
   uint32_t high_nibbles_ = keep(0xF0F0F0F0);
   uint32_t dy_[kGroupDepths];
+  bool frees_stages_;  // see count_readers
   RingPlace<kStages<kTokens>> place_;
   float sums_[kTokenTiles][4][4] = {};
   int turn_ = 0;  // of segments

@@ -32,29 +32,29 @@ constexpr int kStepDepths = 8;
 constexpr int kStep = kStepDepths * kDepth;  // rows of W in a stage
 constexpr int kRowGroups = kWarps / kTileBlocks;
 constexpr int kGroupDepths = kStepDepths / kRowGroups;  // of a step, that a warp multiplies
-constexpr int kMaxTokens = 32;
+constexpr int kMaxTokens = 16;
 constexpr int kMaxStages = 7;
 
-// What shared memory holds: stages of the ring, and steps in a segment.
+constexpr int kSegmentSteps = 16;
+
+// Stages of the ring that shared memory holds.
 template <int kTokens>
 constexpr int kStages = kTokens == 8 ? 7 : 5;
-template <int kTokens>
-constexpr int kSegmentSteps = kTokens == 32 ? 8 : 16;
 
 template <int kTokens>
 struct Shared {
   unsigned char table[PairTable<__half>::kBytes];
-  unsigned char weight[kStages<kTokens>][kStep * kTileBytes];       // the 16-byte piece p of row r at place p ^ r % 8
-  uint2 dy[kSegmentSteps<kTokens> * kStepDepths][kTokens / 8][32];  // see dy_place
-  __half scales[kTileBlocks][kSegmentSteps<kTokens> * kStep];       // see scale_place
+  unsigned char weight[kStages<kTokens>][kStep * kTileBytes];  // the 16-byte piece p of row r at place p ^ r % 8
+  uint2 dy[kSegmentSteps * kStepDepths][kTokens / 8][32];      // see dy_place
+  __half scales[kTileBlocks][kSegmentSteps * kStep];           // see scale_place
   float nested_code[256];
   uint32_t largest_scale[kWarps][kTileBlocks];
   uint16_t largest_dy[kWarps][8];
   int dy_power[2][kTokens];  // of this segment, or the next, and of the one before
   int scale_power[2][kTileBlocks];
   Barrier full[kMaxStages];
-  Barrier empty[kMaxStages];
-  Barrier started;  // the first segment's dy and scales are there
+  Barrier empty[kMaxStages];  // see count_readers
+  Barrier started;            // the first segment's dy and scales are there
 };
 template <int kTokens>
 constexpr int kSharedBytes = static_cast<int>(sizeof(Shared<kTokens>));
@@ -79,6 +79,15 @@ struct Arguments {
 };
 
 #if __CUDA_ARCH__ >= 900
+
+// Of a stage, those that say so for themselves. Where the copies are the tensor memory accelerator's, a lane speaks for
+// its warp; where they are plain, each thread for itself, as the race checker has it.
+__device__ __forceinline__ int count_writers(const Arguments& arguments) {
+  return arguments.is_weight_aligned ? 1 : 32;
+}
+__device__ __forceinline__ int count_readers(const Arguments& arguments) {
+  return arguments.is_weight_aligned ? kWarps : kConsumers;
+}
 
 enum NamedBarrier { kAllThreads, kAllConsumers };
 
@@ -168,8 +177,8 @@ class SegmentOperands {
  private:
   static constexpr int kTokenTiles = kTokens / 8;
   // Of 4 depths and 8 tokens a warp: all of a thread are of one token.
-  static constexpr int kUnits = kSegmentSteps<kTokens> * kStepDepths / 4 * kTokenTiles / kWarps;
-  static constexpr int kScaleRows = kSegmentSteps<kTokens> * kStep / kConsumers;
+  static constexpr int kUnits = kSegmentSteps * kStepDepths / 4 * kTokenTiles / kWarps;
+  static constexpr int kScaleRows = kSegmentSteps * kStep / kConsumers;
   static_assert(kWarps % kTokenTiles == 0);
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }

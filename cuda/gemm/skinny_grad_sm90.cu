@@ -1,4 +1,4 @@
-// dx = dy W for 1 to 32 rows of dy on Hopper: the weight is read once from HBM and decoded once.
+// dx = dy W for 1 to 16 rows of dy on Hopper: the weight is read once from HBM and decoded once.
 //
 // The sum runs over n, whose scales cannot wait until after it: dy is scaled instead, for each block of 64 columns, in
 // fp16. The weight's codes, transposed, are the 16-row operand of mma.m16n8k16 and scaled dy the 8-column one.
@@ -14,6 +14,7 @@
 //
 // Rounding: of the table's values, of scales and of scaled dy to fp16 (0.008, 0.02 and 0.02 %, rms; a weight rounded to
 // bf16 has 0.17 %), fp32 sums, dx. In fp16 that would be more than other kernels have: bf16 alone.
+// Range: that of any sum in fp32, which may pass the largest value on its way to a smaller one.
 #include <cstdint>
 
 #include "core/status.h"
@@ -51,7 +52,6 @@ __device__ __forceinline__ void copy_plainly(const Arguments& arguments, const I
     *reinterpret_cast<uint4*>(target + row * kTileBytes + (i % 8 ^ row % 8) * 16) =
         load_16_unaligned_bytes(arguments.packed + source);
   }
-  __syncwarp();
 }
 
 // The warp that copies the weight.
@@ -67,7 +67,7 @@ __device__ __forceinline__ void copy_weight(const Arguments& arguments, const CU
     wait(shared.empty[place.stage()], place.free_parity());
     if (!arguments.is_weight_aligned) {
       copy_plainly(arguments, item, step, shared.weight[place.stage()]);
-      if (is_first) arrive(full);
+      arrive(full);
     } else if (is_first) {
       arrive_expecting(full, sizeof(shared.weight[0]));
       copy_box(shared.weight[place.stage()], map, item.first_col / 2, step * kStep, full);
@@ -95,8 +95,8 @@ __device__ __forceinline__ void run(const Arguments& arguments, const CUtensorMa
       // FixedPairTable relies on it. Addresses begin with the block's place in its cluster.
       if (shared_address(shared_bytes) % (1 << 24) != kReservedBytes) __trap();
       for (int i = 0; i < kStages<kTokens>; ++i) {
-        init_barrier(shared.full[i], 1);
-        init_barrier(shared.empty[i], kWarps);
+        init_barrier(shared.full[i], count_writers(arguments));
+        init_barrier(shared.empty[i], count_readers(arguments));
       }
       init_barrier(shared.started, 1);
       publish_barriers();
@@ -139,7 +139,7 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_grad_kernel(const __grid_c
 #endif
 }
 
-int tokens_of(const Gemm& problem) { return problem.m <= 8 ? 8 : problem.m <= 16 ? 16 : kMaxTokens; }
+int tokens_of(const Gemm& problem) { return problem.m <= 8 ? 8 : kMaxTokens; }
 
 template <int kTokens>
 int clusters_at_once(const void* kernel, int cluster) {
@@ -191,12 +191,12 @@ void skinny_grad_sm90(const Gemm& problem, const Device& device, cudaStream_t st
     map = describe_matrix(weight.packed, 1, kTileBytes, weight.rows, weight.cols / 2, kStep);
   }
   dispatch_bool(weight.absmax_codes != nullptr, [&](auto nested) {
-    dispatch_constant<8, 16, kMaxTokens>("skinny_grad_sm90", tokens_of(problem), [&](auto tokens) {
+    dispatch_constant<8, kMaxTokens>("skinny_grad_sm90", tokens_of(problem), [&](auto tokens) {
       const auto kernel = skinny_grad_kernel<tokens(), nested()>;
       const auto* const pointer = reinterpret_cast<const void*>(kernel);
       allow_shared_bytes(device, pointer, kSharedBytes<tokens()>);
       arguments.is_cluster =
-          tokens() <= kMaxClusterTokens && arguments.num_parts > 1 && arguments.num_parts <= kMaxCluster &&
+          arguments.num_parts > 1 && arguments.num_parts <= kMaxCluster &&
           arguments.num_tiles <= remember(device, pointer, arguments.num_parts, clusters_at_once<tokens()>);
       const bool has_parts = arguments.num_parts > 1 && !arguments.is_cluster;
       arguments.parts = has_parts ? static_cast<float*>(problem.workspace) : nullptr;

@@ -10,25 +10,28 @@
 
 namespace qlora::lora {
 
-struct Parts {
-  const float* values;  // [count, rows or columns, padded_rank]; null: there are none to be added up
-  int count;
-  int padded_rank;
-};
-
 // output [m, stride] = scaling times the sum of the parts, in their order, with zeros from column `rank` on.
 struct ProjectionParts {
-  Parts parts;
+  const float* values;  // [count, m, padded_rank]; null: there are none to be added up
+  int count;
+  int padded_rank;
   int64_t m;
   float scaling;
   void* output;
   int64_t stride;
 };
 
-// target [rank, cols] = the sum of the parts, in their order.
+// target [rank, cols] = the sum of the parts of each group of columns, in their order.
 struct GradientParts {
-  Parts parts;
+  const float* values;  // [blocks of ranks, num_slots, group_cols, ranks]; null: there are none
   int64_t cols;
+  int group_cols;
+  int ranks;
+  int num_slots;
+  // Which shares have a part of a group, and where: slot_of (adapter_share.cuh)
+  int row_tiles;
+  int units_per_share;
+  int slots_per_group;
   Narrow target;
 };
 

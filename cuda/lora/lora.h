@@ -58,8 +58,8 @@ struct AdapterPass {
 };
 
 // adapter_pass.cu: sums of a block's columns and rows in workspace, in fp32, then added up in the order of the blocks.
-// The workspace is at most 2 kMaxPartBytes, 256-byte aligned.
-inline constexpr int64_t kMaxPartBytes = 16 << 20;
+// The workspace is at most kMaxPartBytes, 256-byte aligned.
+inline constexpr int64_t kMaxPartBytes = 32 << 20;
 int64_t adapter_pass_workspace_size(const AdapterPass& pass, const Device& device);
 void adapter_pass(const AdapterPass& pass, const Device& device, void* workspace, cudaStream_t stream);
 
@@ -94,9 +94,10 @@ void add_update(const Gemm& problem, int64_t begin, int64_t end, const Device& d
 
 // merged_weight.cu: y [rows of the window, leading_dimension] = the window's W + scaling B A, rounded once. The window
 // begins at a column, and is as many wide, that 64 divides; y is aligned to 16 bytes, leading_dimension a multiple
-// of 8.
+// of 8. multiprocessors: see dequantize_4bit.
 bool supports_merged_weight(const qlora_weight_4bit& weight, int64_t rank, qlora_dtype dtype, const Device& device);
 void merged_weight(const qlora_weight_4bit& weight, const qlora_lora& lora, const Window& window, void* y,
-                   int64_t leading_dimension, qlora_dtype dtype, const Device& device, cudaStream_t stream);
+                   int64_t leading_dimension, qlora_dtype dtype, int multiprocessors, const Device& device,
+                   cudaStream_t stream);
 
 }  // namespace qlora

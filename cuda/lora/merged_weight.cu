@@ -1,197 +1,515 @@
 // y = W + scaling B A over a window of W, 16 bits, rounded once: a weight with its adapter, for one product's length.
 //
-//   block     256 columns of the window and a range of rows that it walks 32 at a time; it keeps its columns of A in
-//             shared memory as 16 bits, rounded once from the adapter's dtype
-//   8 warps   16 rows by 64 columns each: A is laid out such that a lane's sums are 16 neighbouring columns of two
-//             rows, whose codes it decodes; B comes from memory to the registers of the product
+//   block     16 warps, num_groups of them side by side at 64 columns each, the others below these; tiles of 32 or 64
+//   rows a
+//             warp. The blocks share out all tiles evenly, in the order of the rows, then of the columns
+//   a warp    A^T of its columns is the left operand, in registers up to rank 64, else read for each tile; B of 8 rows
+//             the right one. A is dealt such that a lane's sums are 8 neighbouring columns of two rows: 8 lanes store a
+//             line, and read a sector of codes
+//   codes     of the next tile on their way in registers, B of the next two in a ring of shared memory, scales as they
+//             are read while one tile is multiplied, decoded and handed out in shared memory while the next is
+//   values    pairs from a table in shared memory, scaled in fp32 and added to
 //
 // It costs the multiplications of n k rank, whatever the rows of the input, and no reading or writing beside those of
 // dequantising W, where the update of an output costs a reading and a writing of it. W + scaling B A is rounded where W
 // would be.
+//
+// Budget of a value at rank 16: BUDGET
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/device/decode.cuh"
-#include "cuda/device/matrix_load.cuh"
+#include "cuda/device/copy_async.cuh"
 #include "cuda/device/mma.cuh"
 #include "cuda/device/numeric.cuh"
+#include "cuda/device/pair_table.cuh"
+#include "cuda/device/scales.cuh"
+#include "cuda/device/shared.cuh"
 #include "cuda/dispatch.h"
+#include "cuda/gemm/low_rank_operand.cuh"
 #include "cuda/launch.h"
 #include "cuda/lora/lora.h"
-#include "cuda/lora/tile.cuh"
 #include "cuda/remember.h"
 #include "cuda/weight_arguments.h"
+#include "cuda/whole_multiprocessors.h"
 
 namespace qlora {
 namespace {
 
-using namespace lora;
-
-constexpr int kThreads = 256;
-constexpr int kCols = 256;  // of a block
+constexpr int kWarps = 16;
+constexpr int kThreads = kWarps * 32;
 constexpr int kWarpCols = 64;
-constexpr int kLaneCols = 16;
-constexpr int kColGroups = kCols / kWarpCols;
-constexpr int kRows = kThreads / 32 / kColGroups * 16;  // of a tile
-constexpr int kMinBlocks = 3;                           // of a multiprocessor
+// Rows of a tile that a warp has: what a tile costs beside its values weighs less with more, but their codes are kept
+// in registers. kSteps: see merged_weight_kernel.
+__host__ __device__ constexpr int warp_rows(int steps) { return steps == 1 || steps == 2 ? 64 : 32; }
+constexpr int kLaneCols = 8;
+constexpr int kPairedRows = 2;            // of a lane in a step
+constexpr int kColSteps = kLaneCols / 2;  // the left operand's rows are 2 columns of each of 8 lanes
+constexpr int kTableAlignment = 1 << 16;
+constexpr int kScaleBuffers = 2;
+constexpr int kRightBuffers = 3;
 
-struct Arguments {
-  const uint8_t* packed;
-  Scales scales;
-  int64_t first;       // flat index of the window's first value in the weight
-  int64_t row_length;  // of the weight
-  int64_t rows;        // of the window
-  int64_t cols;
-  Narrow a;  // [rank, cols] of the window
-  Narrow b;  // as S [rank, rows] of the window
-  float scaling;
-  int64_t rank;
-  int padded_rank;
-  int num_col_blocks;
-  int64_t rows_per_block;
-  int64_t leading_dimension;  // of y
+// In front of the table, or of what is in front of it.
+template <int kWarpRows>
+struct BlockShared {
+  static constexpr int kScaleStride = kWarpRows + 2;  // such that writers of 16 warps and 2 rows meet in no bank
+  float scales[kScaleBuffers][kWarps * kScaleStride];
+  float nested_code[kNestedBlockSize];
 };
 
-// Rows of B as the left operand of multiply_add: those from `row` on that are there, 16 ranks from `first` on.
-template <typename T, typename Value>
-__device__ __forceinline__ void load_left_of(const Arguments& arguments, int64_t row, int first, uint32_t (&a)[4]) {
-  const auto* const values = static_cast<const Value*>(arguments.b.values);
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t at = min(row + lane / 4 + i % 2 * 8, arguments.rows - 1);
-    const int rank = first + lane % 4 * 2 + i / 2 * 8;
-    float pair[2] = {};
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (rank + j < arguments.rank) pair[j] = to_float(values[at * arguments.rank + rank + j]);
+struct Arguments {
+  const uint8_t* packed;  // of the window's first value
+  Scales scales;
+  int log2_groups_per_scale;
+  CodeValues codes;
+  uint32_t first_group;  // of 64 values, in the weight
+  uint32_t row_groups;   // from a row of the weight to the next
+  int rows;              // of the window
+  int num_groups;        // of a row of the window
+  int64_t row_length;    // of the weight and of A
+  const void* a;         // [rank, cols of the window]
+  qlora_dtype a_dtype;
+  bool are_eights_of_a_whole;  // 8 columns: aligned to 16 bytes
+  const void* b;               // [rows of the window, rank]
+  qlora_dtype b_dtype;
+  bool is_b_copied;   // as it is, 16 bytes at a time
+  int log2_b_pieces;  // then: as many of a row
+  int rank;
+  int padded_rank;
+  float scaling;
+  int log2_groups;  // of a block
+  int row_tiles;
+  int num_tiles;
+  int right_bytes;   // of a row of B in shared memory
+  int right_offset;  // of its ring, from the table
+  uint32_t y_row_bytes;
+};
+
+// A tile: its columns in blocks' widths, its rows in tiles.
+struct Place {
+  int col;
+  int row;
+
+  __device__ __forceinline__ void advance(int row_tiles) {
+    if (++row == row_tiles) {
+      row = 0;
+      ++col;
     }
-    a[i] = Word<T>::pack(pair);
+  }
+};
+
+// 16 ranks from `first` on of the left operand, 8 columns from `a` on a lane.
+template <typename T, typename Value>
+__device__ __forceinline__ void load_left_of(const Arguments& arguments, const Value* a, int first,
+                                             uint32_t (&left)[kColSteps][4]) {
+  uint4 eights[4];  // of ranks 2i, 2i+1, 2i+8, 2i+9
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int rank = first + static_cast<int>(threadIdx.x) % 4 * 2 + j % 2 + j / 2 * 8;
+    eights[j] =
+        load_eight<T>(a + rank * arguments.row_length, rank < arguments.rank ? 8 : 0, arguments.are_eights_of_a_whole);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint4& even = eights[2 * half];
+    const uint4& odd = eights[2 * half + 1];
+    const uint32_t evens[4] = {even.x, even.y, even.z, even.w};
+    const uint32_t odds[4] = {odd.x, odd.y, odd.z, odd.w};
+#pragma unroll
+    for (int step = 0; step < kColSteps; ++step) {
+      left[step][2 * half] = __byte_perm(evens[step], odds[step], 0x5410);
+      left[step][2 * half + 1] = __byte_perm(evens[step], odds[step], 0x7632);
+    }
   }
 }
 template <typename T>
-__device__ __forceinline__ void load_left(const Arguments& arguments, int64_t row, int first, uint32_t (&a)[4]) {
-  if (arguments.b.dtype == QLORA_FLOAT32) {
-    load_left_of<T, float>(arguments, row, first, a);
-  } else if (arguments.b.dtype == QLORA_BFLOAT16) {
-    load_left_of<T, __nv_bfloat16>(arguments, row, first, a);
-  } else {
-    load_left_of<T, __half>(arguments, row, first, a);
+__device__ __forceinline__ void load_left(const Arguments& arguments, int64_t col, int first,
+                                          uint32_t (&left)[kColSteps][4]) {
+  dispatch_right(arguments.a_dtype, [&](auto* typed) {
+    using Value = std::remove_pointer_t<decltype(typed)>;
+    load_left_of<T>(arguments, static_cast<const Value*>(arguments.a) + col, first, left);
+  });
+}
+
+// Rows of B to shared memory, a value at a time, fp32 as it is, else in T. Columns behind the rank are left.
+template <typename T>
+__device__ __forceinline__ void load_right_singly(const Arguments& arguments, int first_row, int num_rows,
+                                                  uint32_t to) {
+  dispatch_right(arguments.b_dtype, [&](auto* typed) {
+    using Value = std::remove_pointer_t<decltype(typed)>;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < num_rows * arguments.rank; i += kThreads) {
+      const int row = i / arguments.rank;
+      const int rank = i - row * arguments.rank;
+      const int64_t from = int64_t{min(first_row + row, arguments.rows - 1)} * arguments.rank + rank;
+      const float value = to_float(static_cast<const Value*>(arguments.b)[from]);
+      if (arguments.b_dtype == QLORA_FLOAT32) {
+        store_shared_float(to + row * arguments.right_bytes + rank * 4, value);
+      } else {
+        const T rounded = from_float<T>(value);
+        store_shared_2_bytes(to + row * arguments.right_bytes + rank * 2, reinterpret_cast<const uint16_t&>(rounded));
+      }
+    }
+  });
+}
+
+// The same, copied if it can be.
+template <typename T>
+__device__ __forceinline__ void load_right(const Arguments& arguments, int first_row, int num_rows, uint32_t to) {
+  if (!arguments.is_b_copied) {
+    load_right_singly<T>(arguments, first_row, num_rows, to);
+    return;
+  }
+  const int log2_pieces = arguments.log2_b_pieces;
+  const int piece = static_cast<int>(threadIdx.x) & ((1 << log2_pieces) - 1);
+  const char* const from = static_cast<const char*>(arguments.b) + piece * 16;
+#pragma unroll 1
+  for (int row = static_cast<int>(threadIdx.x) >> log2_pieces; row < num_rows; row += kThreads >> log2_pieces) {
+    const uint32_t at = min(first_row + row, arguments.rows - 1);
+    copy_16_bytes_async(to + row * arguments.right_bytes + piece * 16, from + (uint64_t{at} << (log2_pieces + 4)));
   }
 }
 
-template <typename T, Format F, bool kIsNested>
-__global__ __launch_bounds__(kThreads,
-                             kMinBlocks) void merged_weight_kernel(const __grid_constant__ Arguments arguments,
-                                                                   T* __restrict__ y) {
+// Two ranks of a row there.
+template <typename T, typename Value>
+__device__ __forceinline__ uint32_t load_right_pair(uint32_t address) {
+  if constexpr (!std::is_same_v<Value, float>) return load_shared_word(address);
+  const float2 pair = load_shared_two_floats(address);
+  const float values[2] = {pair.x, pair.y};
+  return Word<T>::pack(values);
+}
+
+// FloatPairTable's, without the shuffles of its own filling: the compiler takes them for divergent, and pays for that
+// at each access to memory from there on.
+__device__ __forceinline__ void fill_table(unsigned char* table, const CodeValues& values) {
+  auto* const pairs = reinterpret_cast<float2*>(table) + threadIdx.x % 32;
+#pragma unroll 4
+  for (int i = 0; i < 256 / kWarps; ++i) {
+    const int entry = i * kWarps + static_cast<int>(threadIdx.x) / 32;
+    pairs[entry * 32] = make_float2(values.of_code[entry / kNumCodes], values.of_code[entry % kNumCodes]);
+  }
+}
+
+// kSteps: of 16 ranks, whose left operand stays in registers; 0: any number, read for each tile.
+template <typename T, bool kIsNested, int kSteps>
+__global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid_constant__ Arguments arguments,
+                                                                    T* __restrict__ y) {
+  constexpr int kWarpRows = warp_rows(kSteps);
+  constexpr int kRowSteps = kWarpRows / 8;  // the right operand's columns are 8 rows
+  constexpr int kRowStepsAtOnce = kSteps == 0 ? kRowSteps : 1;
+  constexpr int kScales = kWarps * kWarpRows / kThreads;  // of a tile, a thread's
+  using Shared = BlockShared<kWarpRows>;
+  extern __shared__ __align__(128) unsigned char shared_memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+  const uint32_t base = shared_address(shared_memory);
+  const uint32_t table_address = (base + sizeof(Shared) + kTableAlignment - 1) / kTableAlignment * kTableAlignment;
+  unsigned char* const table_memory = shared_memory + (table_address - base);
+  const uint32_t right = table_address + arguments.right_offset;
+  fill_table(table_memory, arguments.codes);
+  const FloatPairTable table(table_memory);
+  const int log2_groups = arguments.log2_groups;
+  const int tile_rows = kWarps * kWarpRows >> log2_groups;
+  const int right_tile_bytes = tile_rows * arguments.right_bytes;
+  for (int i = threadIdx.x * 16; i < kRightBuffers * right_tile_bytes; i += kThreads * 16) {
+    store_shared_16_bytes(right + i, make_uint4(0, 0, 0, 0));
+  }
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
 #endif
-  extern __shared__ __align__(128) unsigned char shared_memory[];
-  const uint32_t narrow = shared_address(shared_memory);
-  const int64_t first_col = int64_t{static_cast<int>(blockIdx.x) % arguments.num_col_blocks} * kCols;
-  const int64_t begin = static_cast<int>(blockIdx.x) / arguments.num_col_blocks * arguments.rows_per_block;
-  const int64_t end = min(begin + arguments.rows_per_block, arguments.rows);
-  load_narrow<T, kCols, kLaneCols>(narrow, arguments.a, int64_t{0}, arguments.padded_rank, arguments.rank, first_col,
-                                   arguments.cols, static_cast<int>(threadIdx.x), kThreads);
+  float nested_offset = 0.0f;
+  if constexpr (kIsNested) {
+    if (threadIdx.x < kNestedBlockSize) {
+      shared.nested_code[threadIdx.x] = __ldg(arguments.scales.nested_code + threadIdx.x);
+    }
+    nested_offset = __ldg(arguments.scales.nested_offset);
+  }
   __syncthreads();
+
+  const int tiles_each = arguments.num_tiles / static_cast<int>(gridDim.x);
+  const int tiles_over = arguments.num_tiles % static_cast<int>(gridDim.x);
+  const int block = blockIdx.x;
+  int tiles_left = tiles_each + (block < tiles_over ? 1 : 0);
+  const int begin = block * tiles_each + min(block, tiles_over);
+  const Place first = {begin / arguments.row_tiles, begin % arguments.row_tiles};
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int matrix = lane / 8;
-  const int col_group = warp % kColGroups;
-  const int64_t col = first_col + col_group * kWarpCols + lane % 4 * kLaneCols;
-  if (first_col + col_group * kWarpCols >= arguments.cols) return;
-  const float lane_value = lane_code_value<F>();
-  const ScaleReader<kIsNested> scale_reader(arguments.scales);
-  for (int64_t row = begin + warp / kColGroups * 16; row < end; row += kRows) {
-    uint32_t words[2][2];
-    float scales[2];
+  const int warp_group = warp & ((1 << log2_groups) - 1);
+  const int warp_row = (warp >> log2_groups) * kWarpRows;
+  const int lane_row = warp_row + lane % 4 * kPairedRows;
+  const int lane_col = lane / 4 * kLaneCols;
+  const int last_group = arguments.num_groups - 1;
+
+  // A thread's scales: number i of a tile is of row i >> log2_groups and of the group of columns that is the rest.
+  const auto scale_row_of = [&](int j) { return (static_cast<int>(threadIdx.x) + j * kThreads) >> log2_groups; };
+  const int scale_group = static_cast<int>(threadIdx.x) & ((1 << log2_groups) - 1);
+  int scale_at[kScales];
+  float absmax[kScales] = {};
+  uint32_t scale_codes[kScales] = {};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t at = min(row + lane / 4 + 8 * h, arguments.rows - 1);
-      const int64_t index = arguments.first + at * arguments.row_length + col;
-      const uint2 loaded = *reinterpret_cast<const uint2*>(arguments.packed + index / 2);
-      words[h][0] = loaded.x;
-      words[h][1] = loaded.y;
-      scales[h] = scale_reader.load(index);
-    }
-    float sums[kWarpCols / 8][4] = {};
-    for (int k = 0; k < arguments.padded_rank; k += 16) {
-      uint32_t a[4];
-      load_left<T>(arguments, row, k, a);
+  for (int j = 0; j < kScales; ++j) {
+    const int row = scale_row_of(j);
+    scale_at[j] = ((row / kWarpRows << log2_groups) + scale_group) * Shared::kScaleStride + row % kWarpRows;
+  }
+  const auto ask_for_scales = [&](const Place& at) {
+    const int group = min((at.col << log2_groups) + scale_group, last_group);
 #pragma unroll
-      for (int n = 0; n < kWarpCols / 16; ++n) {
-        uint32_t b[4];
-        const int chunk = col_group * (kWarpCols / kChunkValues) + 2 * n + matrix / 2;
-        load_matrices_transposed(b, narrow + chunk_offset<kCols / kChunkValues>(k + matrix % 2 * 8 + lane % 8, chunk));
-        multiply_add<T>(sums[2 * n], a, b[0], b[1]);
-        multiply_add<T>(sums[2 * n + 1], a, b[2], b[3]);
+    for (int j = 0; j < kScales; ++j) {
+      const int row = min(at.row * tile_rows + scale_row_of(j), arguments.rows - 1);
+      const uint32_t scale_block =
+          (arguments.first_group + row * arguments.row_groups + group) >> arguments.log2_groups_per_scale;
+      if constexpr (kIsNested) {
+        scale_codes[j] = __ldg(arguments.scales.codes + scale_block);
+        absmax[j] = __ldg(arguments.scales.nested_absmax + scale_block / kNestedBlockSize);
+      } else {
+        absmax[j] = __ldg(arguments.scales.absmax + scale_block);
       }
     }
+  };
+  const auto hand_out_scales = [&](int buffer) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t at = row + lane / 4 + 8 * h;
+    for (int j = 0; j < kScales; ++j) {
+      float scale = absmax[j];
+      if constexpr (kIsNested) {
+        scale = __fadd_rn(__fmul_rn(shared.nested_code[scale_codes[j]], absmax[j]), nested_offset);
+      }
+      shared.scales[buffer][scale_at[j]] = scale;
+    }
+  };
+  // Codes of row `row` of a step, of those from `codes` on of which the last one is `last`.
+  const auto codes_of = [&](const Place& at) {
+    const int row = at.row * tile_rows + lane_row;
+    const int group = min((at.col << log2_groups) + warp_group, last_group);
+    return arguments.packed + row * int64_t{arguments.row_groups * (kWarpCols / 2)} +
+           (group * kWarpCols + lane_col) / 2;
+  };
+  const auto last_row_of = [&](const Place& at) { return arguments.rows - 1 - (at.row * tile_rows + lane_row); };
+  const auto load_codes = [&](const uint8_t* codes, int row, int last) {
+    const int offset = min(row, last);  // Not below 0 but where the tile's first row is not there.
+    return load_4_bytes_once(codes + offset * int64_t{static_cast<int>(arguments.row_groups) * (kWarpCols / 2)});
+  };
+
+  // What is asked for: scales and B two tiles ahead, codes one.
+  if (tiles_left <= 0) return;
+  Place place = first;
+  Place next = first;
+  next.advance(arguments.row_tiles);
+  uint32_t words[kRowSteps][kPairedRows];
 #pragma unroll
-      for (int w = 0; w < 2; ++w) {
-        float values[8];
-        decode<8>(words[h][w], lane_value, scales[h], values);
+  for (int step = 0; step < kRowSteps; ++step) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          values[i] = fmaf(arguments.scaling, sums[4 * w + i / 2][2 * h + i % 2], values[i]);
+    for (int p = 0; p < kPairedRows; ++p) {
+      words[step][p] = load_codes(codes_of(place), step * 8 + p, last_row_of(place));
+    }
+  }
+  ask_for_scales(place);
+  uint32_t left[kSteps == 0 ? 1 : kSteps][kColSteps][4];
+  int left_col = -1;
+  int scale_buffer = 0;
+  int right_buffer = 0;
+#pragma unroll 1
+  for (int ahead = 0; ahead < 2; ++ahead) {
+    if (ahead == 1) hand_out_scales(0);
+    const Place& at = ahead == 0 ? place : next;
+    if (ahead < tiles_left) {
+      if (ahead == 1) ask_for_scales(at);
+      load_right<T>(arguments, at.row * tile_rows, tile_rows, right + ahead * right_tile_bytes);
+    }
+    commit_copies();
+  }
+
+  const bool is_b_float = arguments.b_dtype == QLORA_FLOAT32;
+  for (; tiles_left > 0; --tiles_left) {
+    wait_for_copies<1>();
+    __syncthreads();  // What this tile needs is there, and nobody reads what the one before needed.
+    Place after = next;
+    after.advance(arguments.row_tiles);
+    if (tiles_left > 1) hand_out_scales(scale_buffer ^ 1);
+    if (tiles_left > 2) {
+      ask_for_scales(after);
+      const int buffer = right_buffer == 0 ? kRightBuffers - 1 : right_buffer - 1;
+      load_right<T>(arguments, after.row * tile_rows, tile_rows, right + buffer * right_tile_bytes);
+    }
+    commit_copies();
+
+    const Place next_codes_at = tiles_left > 1 ? next : place;
+    const uint8_t* const next_codes = keep(codes_of(next_codes_at));
+    const int next_last = last_row_of(next_codes_at);
+    const int group = (place.col << log2_groups) + warp_group;
+    const bool has_columns = group <= last_group;
+    const int col = group * kWarpCols + lane_col;
+    if (kSteps > 0 && place.col != left_col && has_columns) {
+      left_col = place.col;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) load_left<T>(arguments, col, step * 16, left[step]);
+    }
+    const uint32_t scales =
+        shared_address(&shared.scales[scale_buffer][warp * Shared::kScaleStride + lane % 4 * kPairedRows]);
+    const uint32_t right_row = right + right_buffer * right_tile_bytes + (warp_row + lane / 4) * arguments.right_bytes;
+    const int last = has_columns ? last_row_of(place) : -1;
+    char* const out =
+        reinterpret_cast<char*>(y + col) + (place.row * tile_rows + lane_row) * int64_t{arguments.y_row_bytes};
+    const auto merge = [&](auto* right_typed) {
+      using Right = std::remove_pointer_t<decltype(right_typed)>;
+      constexpr int kRightBytes = static_cast<int>(sizeof(Right));
+      const uint32_t right_lane = right_row + lane % 4 * 2 * kRightBytes;
+#pragma unroll
+      for (int first_step = 0; first_step < kRowSteps; first_step += kRowStepsAtOnce) {
+        float sums[kRowStepsAtOnce][kColSteps][4] = {};
+        const auto multiply = [&](int step16, const uint32_t (&a)[kColSteps][4]) {
+#pragma unroll
+          for (int s = 0; s < kRowStepsAtOnce; ++s) {
+            const uint32_t from = right_lane + (first_step + s) * 8 * arguments.right_bytes + step16 * 16 * kRightBytes;
+            const uint32_t b0 = load_right_pair<T, Right>(from);
+            const uint32_t b1 = load_right_pair<T, Right>(from + 8 * kRightBytes);
+#pragma unroll
+            for (int c = 0; c < kColSteps; ++c) multiply_add<T>(sums[s][c], a[c], b0, b1);
+          }
+        };
+        if constexpr (kSteps > 0) {
+#pragma unroll
+          for (int step = 0; step < kSteps; ++step) multiply(step, left[step]);
+        } else {
+          for (int step = 0; step < arguments.padded_rank / 16 && has_columns; ++step) {
+            load_left<T>(arguments, col, step * 16, left[0]);
+            multiply(step, left[0]);
+          }
         }
-        if (at < end) store_16_bytes(y + at * arguments.leading_dimension + col + 8 * w, values);
+#pragma unroll
+        for (int s = 0; s < kRowStepsAtOnce; ++s) {
+          const int step = first_step + s;
+          const float2 pair = load_shared_two_floats(scales + step * 8 * sizeof(float));
+#pragma unroll
+          for (int p = 0; p < kPairedRows; ++p) {
+            const float scale = p == 0 ? pair.x : pair.y;
+            float values[kLaneCols];
+#pragma unroll
+            for (int c = 0; c < kColSteps; ++c) {
+              const float2 decoded = table.floats(words[step][p], table_selector(c));
+              values[2 * c] = fmaf(arguments.scaling, sums[s][c][p], __fmul_rn(decoded.x, scale));
+              values[2 * c + 1] = fmaf(arguments.scaling, sums[s][c][2 + p], __fmul_rn(decoded.y, scale));
+            }
+            const int row = step * 8 + p;
+            store_16_bytes_if(row <= last, reinterpret_cast<T*>(out + row * int64_t{arguments.y_row_bytes}), values);
+            words[step][p] = load_codes(next_codes, row, next_last);
+          }
+        }
       }
+    };
+    if (is_b_float) {
+      merge(static_cast<float*>(nullptr));
+    } else {
+      merge(static_cast<T*>(nullptr));
+    }
+    place = next;
+    next = after;
+    scale_buffer ^= 1;
+    right_buffer = right_buffer == kRightBuffers - 1 ? 0 : right_buffer + 1;
+  }
+}
+
+// Bytes of a row of B in shared memory, such that the loads of an operand meet in no bank.
+int right_bytes(int padded_rank, qlora_dtype dtype) {
+  return dtype == QLORA_FLOAT32 ? padded_rank * 4 + 32 : padded_rank * 2 + 16;
+}
+
+// Where the ring of B lies and what a block needs: in front of the table if it fits.
+struct Layout {
+  int log2_groups;
+  int right_offset;
+  int shared_bytes;
+};
+Layout layout_of(int64_t cols, int rows, int row_bytes, const Device& device) {
+  const int reserved = static_cast<int>(device.reserved_shared_bytes);
+  const int in_front = kTableAlignment - reserved - static_cast<int>(sizeof(BlockShared<64>));
+  for (int log2_groups = 2;; ++log2_groups) {
+    const int ring = kRightBuffers * (kWarps * rows >> log2_groups) * row_bytes;
+    const bool is_in_front = ring <= in_front;
+    const int bytes = kTableAlignment - reserved + FloatPairTable::kBytes + (is_in_front ? 0 : ring);
+    const bool is_wide_enough = int64_t{kWarpCols} << log2_groups >= cols;
+    const bool is_widest = 1 << log2_groups == kWarps;
+    if (is_widest || (is_wide_enough && bytes <= device.max_shared_bytes)) {
+      return {log2_groups, is_in_front ? -in_front : FloatPairTable::kBytes, bytes};
     }
   }
 }
 
-int shared_bytes(int64_t rank) { return static_cast<int>(round_up(rank, 16)) * kCols * 2; }
+// kSteps of merged_weight_kernel.
+int steps_of(int padded_rank) {
+  const int steps = padded_rank / 16;
+  return steps == 1 || steps == 2 || steps == 4 ? steps : 0;
+}
 
-template <typename T, Format F, bool kIsNested>
-void launch_merged(Arguments arguments, T* y, const Device& device, cudaStream_t stream) {
-  const auto kernel = merged_weight_kernel<T, F, kIsNested>;
-  const int bytes = shared_bytes(arguments.rank);
-  allow_shared_bytes(device, reinterpret_cast<const void*>(kernel), bytes);
-  arguments.num_col_blocks = static_cast<int>(ceil_div(arguments.cols, kCols));
-  const int64_t wanted = device.num_multiprocessors * kMinBlocks / arguments.num_col_blocks;
-  const int64_t row_blocks = std::clamp<int64_t>(wanted, 1, ceil_div(arguments.rows, kRows));
-  arguments.rows_per_block = round_up(ceil_div(arguments.rows, row_blocks), kRows);
-  const int64_t blocks = ceil_div(arguments.rows, arguments.rows_per_block) * arguments.num_col_blocks;
-  launch_early("merged_weight_kernel", kernel, LaunchShape{static_cast<unsigned>(blocks), kThreads, bytes}, device,
-               stream, arguments, y);
+template <typename T, bool kIsNested, int kSteps>
+void launch_merged(const Arguments& arguments, T* y, int shared_bytes, int multiprocessors, const Device& device,
+                   cudaStream_t stream) {
+  constexpr const char* kName = "merged_weight_kernel";
+  const auto kernel = merged_weight_kernel<T, kIsNested, kSteps>;
+  if (multiprocessors > 0) {
+    launch_on_few(kName, kernel, multiprocessors, kThreads, shared_bytes, device, stream, arguments, y);
+    return;
+  }
+  allow_shared_bytes(device, reinterpret_cast<const void*>(kernel), shared_bytes);
+  const int blocks = std::min(arguments.num_tiles, device.num_multiprocessors);
+  launch_early(kName, kernel, LaunchShape{static_cast<unsigned>(blocks), kThreads, shared_bytes}, device, stream,
+               arguments, y);
 }
 
 }  // namespace
 
 bool supports_merged_weight(const qlora_weight_4bit& weight, int64_t rank, qlora_dtype dtype, const Device& device) {
+  const int padded_rank = static_cast<int>(round_up(rank, 16));
+  const int rows = warp_rows(steps_of(padded_rank));
   return is_narrow_fast(dtype, device) && weight.cols % kWarpCols == 0 && weight.block_size >= kWarpCols &&
-         is_aligned(weight.packed, 8) && shared_bytes(rank) <= device.max_shared_bytes;
+         is_aligned(weight.packed, 8) && weight.rows < 1 << 30 && weight.cols < 1 << 30 &&
+         num_values(weight) / kWarpCols < int64_t{1} << 31 &&
+         layout_of(weight.cols, rows, right_bytes(padded_rank, QLORA_FLOAT32), device).shared_bytes <=
+             device.max_shared_bytes;
 }
 
 void merged_weight(const qlora_weight_4bit& weight, const qlora_lora& lora, const Window& window, void* y,
-                   int64_t leading_dimension, qlora_dtype dtype, const Device& device, cudaStream_t stream) {
+                   int64_t leading_dimension, qlora_dtype dtype, int multiprocessors, const Device& device,
+                   cudaStream_t stream) {
   Arguments arguments = {};
-  arguments.packed = weight.packed;
+  const int64_t first = window.row_begin * weight.cols + window.col_begin;
+  arguments.packed = weight.packed + first / 2;
   arguments.scales = scales_of(weight);
-  arguments.first = window.row_begin * weight.cols + window.col_begin;
+  arguments.codes = FloatPairTable::values(static_cast<Format>(weight.format));
+  arguments.log2_groups_per_scale = arguments.scales.log2_block_size - log2_of(kWarpCols);
+  arguments.first_group = static_cast<uint32_t>(first / kWarpCols);
+  arguments.row_groups = static_cast<uint32_t>(weight.cols / kWarpCols);
   arguments.row_length = weight.cols;
-  arguments.rows = window.row_end - window.row_begin;
-  arguments.cols = window.col_end - window.col_begin;
-  arguments.a = narrow_of({lora.a, lora.a_dtype, false}, lora.rank, weight.cols, window.col_begin);
-  arguments.b = narrow_of({lora.b, lora.b_dtype, true}, lora.rank, weight.rows, window.row_begin);
-  arguments.scaling = lora.scaling;
-  arguments.rank = lora.rank;
+  arguments.rows = static_cast<int>(window.row_end - window.row_begin);
+  const int64_t cols = window.col_end - window.col_begin;
+  if (arguments.rows <= 0 || cols <= 0) return;
+  arguments.num_groups = static_cast<int>(cols / kWarpCols);
+  arguments.a = static_cast<const char*>(lora.a) + window.col_begin * size_of(lora.a_dtype);
+  arguments.a_dtype = lora.a_dtype;
+  arguments.are_eights_of_a_whole = is_aligned(lora.a, 16);
+  const int64_t b_row_bytes = lora.rank * size_of(lora.b_dtype);
+  arguments.b = static_cast<const char*>(lora.b) + window.row_begin * b_row_bytes;
+  arguments.b_dtype = lora.b_dtype;
+  arguments.log2_b_pieces = log2_of(ceil_div(b_row_bytes, 16));
+  arguments.is_b_copied = (lora.b_dtype == QLORA_FLOAT32 || lora.b_dtype == dtype) && is_aligned(lora.b, 16) &&
+                          b_row_bytes == int64_t{16} << arguments.log2_b_pieces;
+  arguments.rank = static_cast<int>(lora.rank);
   arguments.padded_rank = static_cast<int>(round_up(lora.rank, 16));
-  arguments.leading_dimension = leading_dimension;
+  arguments.scaling = lora.scaling;
+  arguments.right_bytes = right_bytes(arguments.padded_rank, lora.b_dtype);
+  const int steps = steps_of(arguments.padded_rank);
+  const Layout layout = layout_of(cols, warp_rows(steps), arguments.right_bytes, device);
+  arguments.log2_groups = layout.log2_groups;
+  arguments.right_offset = layout.right_offset;
+  arguments.row_tiles = static_cast<int>(ceil_div(arguments.rows, kWarps * warp_rows(steps) >> layout.log2_groups));
+  arguments.num_tiles = arguments.row_tiles * static_cast<int>(ceil_div(cols, kWarpCols << layout.log2_groups));
+  arguments.y_row_bytes = static_cast<uint32_t>(leading_dimension * 2);
   dispatch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (!std::is_same_v<T, float>) {
-      dispatch_format(weight.format, [&](auto format) {
-        dispatch_bool(is_nested(weight), [&](auto nested) {
-          launch_merged<T, decltype(format)::value, decltype(nested)::value>(arguments, static_cast<T*>(y), device,
-                                                                             stream);
+      dispatch_bool(is_nested(weight), [&](auto nested) {
+        dispatch_constant<0, 1, 2, 4>("merged_weight", steps, [&](auto constant) {
+          launch_merged<T, decltype(nested)::value, decltype(constant)::value>(
+              arguments, static_cast<T*>(y), layout.shared_bytes, multiprocessors, device, stream);
         });
       });
     }

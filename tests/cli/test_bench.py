@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 pytest.importorskip("rich", reason="rich is not installed")
 
+from qlora.bench import processes
 from qlora.cli import bench
 
 
@@ -104,3 +106,63 @@ def test_cases_are_shown_as_they_are_done_and_once(
     shown = capsys.readouterr().out
     assert shown.count("qlora 1x8: some kernel runs for 70.0 ms, none for 25% of the step") == 2
     assert "61.50" in shown and "device_ms" not in shown
+
+
+IN_TURN = """
+import json, sys
+name = sys.argv[1]
+def say(line): print(json.dumps(line), flush=True)
+def wait(what):
+    assert sys.stdin.readline()
+    open(sys.argv[2], "a").write(f"{what} {name}\\n")
+assert sys.argv[-1] == "--in-turn"
+wait("load")
+if name == "broken": sys.exit("no memory")
+say({"state": "loaded"}), say({"state": "warm"}), print("a warning")
+wait("time")
+say({"stack": name, "cases": [{"batch": 1}, {"batch": 16}]})
+"""
+
+
+def test_at_once_stacks_load_one_by_one_and_are_timed_when_all_are_warm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log"
+    commands = [(name, [sys.executable, "-c", IN_TURN, name, str(log)]) for name in ("a", "broken", "b")]
+    found = list(processes.run_at_once(commands))
+    assert found == [[{"stack": name, "batch": size} for size in (1, 16)] for name in ("a", "b")]
+    assert log.read_text().splitlines() == ["load a", "load broken", "load b", "time a", "time b"]
+    assert capsys.readouterr().err.count("broken failed:\nno memory") == 1
+
+
+def test_processes_that_wait_are_ended_with_the_one_that_asked(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    commands = [(name, [sys.executable, "-c", IN_TURN, name, str(log)]) for name in ("a", "b")]
+    running = processes.run_at_once(commands)
+    next(running)
+    running.close()  # waits for both
+    assert log.read_text().splitlines() == ["load a", "load b", "time a"]
+
+
+def test_at_once_there_is_a_process_for_each_stack_and_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[Any] = []
+    monkeypatch.setattr(processes, "run_at_once", lambda given: commands.extend(given) or [])
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    line = [
+        "generate",
+        "--stacks",
+        "qlora,bf16",
+        "--cases",
+        "1,4",
+        "--no-checkpoint",
+        "--at-once",
+        "--layers",
+        "2",
+    ]
+    bench._bench_generate(parser.parse_args(line), {})
+    assert [command[2:] for _, command in commands] == [
+        ["qlora.bench.generation", stack, "--layers", "2", "--batches", size]
+        for stack in ("qlora", "bf16")
+        for size in ("1", "4")
+    ]

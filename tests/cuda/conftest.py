@@ -7,13 +7,17 @@ import pytest
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch):
-    """kernel("naive") makes the following calls use that kernel alone; chunk_bytes sets the chunk of dense."""
+    """kernel("naive") makes the following calls use that kernel alone.
 
-    def choose(name: str, chunk_bytes: int | None = None) -> None:
+    chunk_bytes sets the chunk of dense, decoders how many multiprocessors decode the next one meanwhile.
+    """
+
+    def choose(name: str, chunk_bytes: int | None = None, decoders: int | None = None) -> None:
         monkeypatch.setenv("QLORA_LINEAR_KERNEL", name)
-        if chunk_bytes is None:
-            monkeypatch.delenv("QLORA_DENSE_CHUNK_BYTES", raising=False)
-        else:
-            monkeypatch.setenv("QLORA_DENSE_CHUNK_BYTES", str(chunk_bytes))
+        for variable, value in (("QLORA_DENSE_CHUNK_BYTES", chunk_bytes), ("QLORA_DENSE_DECODERS", decoders)):
+            if value is None:
+                monkeypatch.delenv(variable, raising=False)
+            else:
+                monkeypatch.setenv(variable, str(value))
 
     return choose

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 MAX_ROWS = {
     "narrow_sm90": 64,
     "wide_sm90": 700,
-    "skinny_grad_sm90": 32,
+    "skinny_grad_sm90": 16,
     "wide_grad_sm90": 700,
     "skinny_sm80": 32,
 }
@@ -84,7 +84,7 @@ def call(name: str, x: Tensor, args: tuple, form: dict) -> Tensor:
     [
         (name, m)
         for name, most in MAX_ROWS.items()
-        for m in (1, 12, 17, 32, 64, 100, 129, 256, 257, 700)
+        for m in sorted({1, 12, 17, 32, 64, 100, 129, 256, 257, 700, most})
         if m <= most
     ],
     indirect=["fused"],
@@ -236,7 +236,9 @@ def test_gradient_of_values_of_any_size(shape: tuple[int, int], of_dy: float, of
     magnitude = dy.double().abs() @ exact.abs()
     limit = info.eps * magnitude + info.eps / 2 * expected.abs() + info.smallest_normal
     y = ops.linear_4bit_grad_input(dy, packed, absmax, shape, **form)
-    is_finite = expected.abs() < info.max / 2
+    # In any order: a float32 sum that ends below the largest value may have passed it on its way.
+    is_finite = magnitude < info.max / 2
+    assert is_finite.any()
     assert y[is_finite].isfinite().all()
     assert_within(y[is_finite], expected[is_finite], limit[is_finite])
     assert (y[2] == 0).all()

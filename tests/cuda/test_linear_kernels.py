@@ -192,6 +192,20 @@ def test_explain_names_the_kernel_and_the_reasons_of_those_before_it(kernel) -> 
         first, reason = c_library.explain(deep, 16, torch.bfloat16).splitlines()
         assert first.endswith(": narrow_sm90")
         assert reason == "skinny_sm90: yields to one further down"
+        large, square, small = (c_library.describe_weight(n, 4096) for n in (14336, 4096, 1024))
+        for of_grad, m, name in (
+            (large, 16, "skinny_grad_sm90"),
+            (large, 17, "wide_grad_sm90"),
+            (deep, 16, "skinny_grad_sm90"),
+            (square, 8, "skinny_grad_sm90"),
+            (square, 9, "wide_grad_sm90"),
+            (small, 1, "wide_grad_sm90"),
+        ):
+            text = c_library.explain(of_grad, m, torch.bfloat16, is_grad=True)
+            assert text.splitlines()[0].endswith(f": {name}")
+        half = c_library.explain(large, 1, torch.float16, is_grad=True).splitlines()
+        assert half[0].endswith(": wide_grad_sm90")
+        assert half[-1] == "skinny_grad_sm90: expected bfloat16"
     kernel("naive")
     first, *reasons = c_library.explain(weight, 4, torch.bfloat16).splitlines()
     assert first.endswith(": naive")

@@ -55,9 +55,10 @@ def test_results_equal_float64(
 @pytest.mark.parametrize(
     ("m", "shape", "rank"),
     [
-        (9000, (1024, 64), 256),  # three windows of the rows of dy
-        (100, (16640, 64), 256),  # two of its columns, apart from its projection
-        (130, (64, 16640), 200),  # two of the columns of x
+        (9000, (1024, 64), 256),  # two windows of the rows of dy
+        (100, (20992, 64), 256),  # two of its columns, apart from its projection
+        (130, (64, 33024), 200),  # two of the columns of x
+        (4500, (1536, 64), 64),  # blocks that have units of two groups of columns
     ],
 )
 def test_sizes_of_several_windows_equal_float64(m: int, shape: tuple[int, int], rank: int) -> None:

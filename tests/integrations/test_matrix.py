@@ -42,7 +42,10 @@ def is_kept(name: str, module_name: str) -> bool:
 
 
 def load(path: Path | str, name: str, device: str = "cpu") -> Any:
-    return model_class(name).from_pretrained(path, quantization_config=QuantConfig(), device_map={"": device})
+    config = QuantConfig(
+        compute_dtype="auto" if device == "cpu" else "float32"
+    )  # on a CPU "auto" is float32 too
+    return model_class(name).from_pretrained(path, quantization_config=config, device_map={"": device})
 
 
 @pytest.fixture

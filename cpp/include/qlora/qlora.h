@@ -209,7 +209,8 @@ QLORA_API qlora_status qlora_round_columns_nf4_cuda(const float* values, const f
 // ---------------------------------------------------------------------------------------------------------------------
 // Linear: y = x W^T + bias, and its input gradient dx = dy W. Sums, with the bias among them, are fp32, rounded once
 // to `dtype`. W is the dequantised weight: in fp32 on CPU; on CUDA rounded to `dtype`, or, in kernels for few rows, the
-// code values rounded to `dtype` (relative error at most that of the rounded weight) and the scales applied in fp32.
+// code values rounded to `dtype` and the scales applied in fp32; in one for a bf16 gradient of few rows code values,
+// scales and dy times them are rounded to fp16. The relative error is at most that of the rounded weight.
 
 /// \param[in]  x     [m, cols] of `dtype`, contiguous.
 /// \param[in]  bias  [rows] of `dtype`, or null.

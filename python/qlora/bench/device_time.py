@@ -28,7 +28,7 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE)), "other")
 
 
-def profile_step(step: Callable[[], Any], step_s: float, *, num_kernels: int = 12) -> dict[str, Any]:
+def profile_step(step: Callable[[], Any], step_s: float, *, num_kernels: int = 30) -> dict[str, Any]:
     """Device time of one call of `step`, which takes `step_s` where nobody watches.
 
     Returns:

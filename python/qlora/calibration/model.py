@@ -22,6 +22,7 @@ from .layers import (
     LayerArguments,
     LayerInputs,
     find_decoder_layers,
+    full_float32,
     kept_on,
     record_inputs,
     run_layer,
@@ -57,6 +58,7 @@ class Calibrated:
 
 
 @torch.no_grad()
+@full_float32()
 def calibrate_(
     model: nn.Module,
     windows: Tensor,

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import platform
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +33,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stacks",
         default="qlora,bitsandbytes,bf16",
         help="train, generate: comma-separated stacks (default: %(default)s); train also: qlora-eager, qlora-liger, "
-        "unsloth",
+        "unsloth; generate also: bitsandbytes-compiled",
     )
     parser.add_argument(
         "--cases",
-        help="train: batch x length, ... (default: 1x2048,4x2048); generate: batches (default: 1,16)",
+        help="train: batch x length, ... (default: 1x2048,4x2048), for qlora also 4x2048+offload, 4x2048+24GB (a memory "
+        "budget) or 4x2048+none (no checkpointing); generate: batches (default: 1,16)",
+    )
+    parser.add_argument(
+        "--no-checkpoint",
+        action="store_true",
+        help="train, generate: make the random weights on the GPU instead of loading a checkpoint of them (all stacks but "
+        "unsloth)",
     )
     parser.add_argument("--targets", choices=("all", "qv"), default="all", help="train: adapted layers")
     parser.add_argument("--rank", type=int, default=16, help="train: LoRA rank (default: %(default)s)")
     parser.add_argument(
         "--profile", action="store_true", help="train: also where the device time of a step goes"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=32, help="train, generate: of the random weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--at-once",
+        action="store_true",
+        help="generate: all stacks compile at a time and are timed in turn; the GPU holds all of their models",
     )
 
 
@@ -124,64 +136,60 @@ def _bench_kernels(arguments: argparse.Namespace, result: dict[str, Any]) -> lis
 def _bench_train(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     options = ["--cases", arguments.cases or "1x2048,4x2048"]
     options += ["--targets", arguments.targets, "--rank", str(arguments.rank)]
+    options += ["--layers", str(arguments.layers)]
     options += ["--profile"] if arguments.profile else []
     _bench_stacks("train_step", arguments, options, result)
 
 
 def _bench_generate(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
-    _bench_stacks("generation", arguments, ["--batches", arguments.cases or "1,16"], result)
+    options = ["--layers", str(arguments.layers), "--batches"]
+    batches = arguments.cases or "1,16"
+    if arguments.at_once:
+        _bench_stacks("generation", arguments, options, result, batches.split(","))
+    else:
+        _bench_stacks("generation", arguments, [*options, batches], result)
 
 
 def _bench_stacks(
-    module: str, arguments: argparse.Namespace, options: list[str], result: dict[str, Any]
+    module: str,
+    arguments: argparse.Namespace,
+    options: list[str],
+    result: dict[str, Any],
+    at_once: list[str] | None = None,
 ) -> None:
     """Runs `qlora.bench.<module>` for each stack in a process of its own, over one checkpoint.
 
     A stack's cases are printed and written with those before them as they are done, so that a run that is cut off has
-    shown what it has measured; in the end comes a table of all.
+    shown what it has measured; in the end comes a table of all. With at_once there is a process for each of these last
+    options too, and all are there at a time.
     """
+    from qlora.bench import processes
     from qlora.bench.llama import make_llama3_8b
 
     figures: list[dict[str, Any]] = []
     result["figures"] = figures
     stacks = arguments.stacks.split(",")
     with tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model
-        if model is None:
-            model = Path(scratch)
-            make_llama3_8b(model)
+        model = [] if arguments.model is None else [str(arguments.model)]
+        if not model and not arguments.no_checkpoint:
+            model = [scratch]
+            make_llama3_8b(Path(scratch), arguments.layers)
             _release_gpu()
-        for stack in stacks:
-            command = [sys.executable, "-m", f"qlora.bench.{module}", stack, str(model), *options]
-            for cases in _run_stack(command, f"qlora bench {arguments.what}: {stack}"):
-                figures += cases
-                _print_table([_without_profile(case) for case in cases])
-                _print_profiles(cases)
-                _write(arguments, result)
+        start = [sys.executable, "-m", f"qlora.bench.{module}"]
+        commands = [
+            (f"qlora bench {arguments.what}: {stack}", [*start, stack, *model, *options, *last])
+            for stack in stacks
+            for last in ([[option] for option in at_once] if at_once else [[]])
+        ]
+        run = processes.run_at_once if at_once else processes.run_one_by_one
+        for cases in run(commands):
+            figures += cases
+            _print_table([_without_profile(case) for case in cases])
+            _print_profiles(cases)
+            _write(arguments, result)
     _write(arguments, result)
-    if len(stacks) > 1 or len(figures) > 1:
+    if len(commands) > 1 or len(figures) > 1:
         _print_table([_without_profile(figure) for figure in figures])
-
-
-def _run_stack(command: list[str], title: str) -> Iterator[list[dict[str, Any]]]:
-    """The cases of a process that prints a JSON line with those that are done; a failure is printed."""
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert process.stdout is not None
-        shown = 0
-        for line in process.stdout:
-            if not line.startswith("{"):
-                continue
-            common = json.loads(line)
-            cases = common.pop("cases")
-            is_partial = common.pop("partial", False)
-            cases = cases if is_partial else cases[shown:]
-            shown += len(cases)
-            if cases:
-                yield [{**common, **case} for case in cases]
-        if process.wait() != 0:
-            errors.seek(0)
-            print(f"{title} failed:\n{errors.read()[-2000:]}", file=sys.stderr)
 
 
 _PROFILE = ("device_ms", "busy_ms", "idle_share", "kernels")
