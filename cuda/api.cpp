@@ -214,6 +214,28 @@ qlora_status qlora_dequantize_absmax_cuda(const uint8_t* codes, int64_t n, const
   });
 }
 
+qlora_status qlora_round_columns_nf4_cuda(const float* values, const float* scales, const float* inverse,
+                                          const float* coupling, const float* previous, int64_t num_columns,
+                                          int64_t rows, float* rounded, float* change, int32_t device,
+                                          qlora_stream stream) {
+  return guarded([&] {
+    constexpr const char* kOp = "round_columns_nf4";
+    qlora::check_round_columns(kOp, num_columns);
+    qlora::check_size(kOp, "rows", rows, num_columns);
+    qlora::find_device(kOp, device);
+    if (rows == 0 || num_columns == 0) return;
+    qlora::check_pointer(kOp, "values", values);
+    qlora::check_pointer(kOp, "scales", scales);
+    qlora::check_pointer(kOp, "inverse", inverse);
+    qlora::check_pointer(kOp, "coupling", coupling);
+    qlora::check_pointer(kOp, "rounded", rounded);
+    qlora::check_pointer(kOp, "change", change);
+    const qlora::DeviceGuard guard(device);
+    qlora::round_columns_nf4(values, scales, inverse, coupling, previous, static_cast<int>(num_columns), rows, rounded,
+                             change, qlora::to_cuda(stream));
+  });
+}
+
 qlora_status qlora_linear_4bit_cuda(const void* x, int64_t m, qlora_dtype dtype, const qlora_weight_4bit* weight,
                                     const void* bias, void* y, void* workspace, int64_t workspace_size, int32_t device,
                                     qlora_stream stream) {

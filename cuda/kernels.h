@@ -33,6 +33,11 @@ void quantize_absmax(const float* absmax, int64_t n, const float* nested_offset,
 void dequantize_absmax(const uint8_t* codes, int64_t n, const float* nested_absmax, const float* nested_code,
                        const float* nested_offset, float* absmax, cudaStream_t stream);
 
+// num_columns at most QLORA_MAX_ROUND_COLUMNS; `previous` may be null.
+void round_columns_nf4(const float* values, const float* scales, const float* inverse, const float* coupling,
+                       const float* previous, int num_columns, int64_t rows, float* rounded, float* change,
+                       cudaStream_t stream);
+
 void embedding_4bit(const int64_t* indices, int64_t num_indices, const qlora_weight_4bit& weight, void* y,
                     qlora_dtype dtype, cudaStream_t stream);
 

@@ -24,7 +24,11 @@ int ptx_version(const void* kernel, int) {
   return attributes.ptxVersion;
 }
 
-int set_shared_bytes(const void* kernel, int bytes) {
+// The limit is the kernel's, whichever call sets it: another one may have more.
+int raise_shared_bytes(const void* kernel, int bytes) {
+  cudaFuncAttributes attributes = {};
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  if (attributes.maxDynamicSharedSizeBytes >= bytes) return attributes.maxDynamicSharedSizeBytes;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
              "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
   return bytes;
@@ -53,7 +57,7 @@ bool is_compiled_for_sm90(const Device& device, const void* kernel) {
 }
 
 void allow_shared_bytes(const Device& device, const void* kernel, int bytes) {
-  remember(device, kernel, bytes, set_shared_bytes);
+  remember(device, kernel, bytes, raise_shared_bytes);
 }
 
 }  // namespace qlora

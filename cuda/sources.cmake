@@ -2,10 +2,8 @@
 target_sources(qlora PRIVATE
   cuda/absmax.cu
   cuda/api.cpp
-  cuda/dequantize.cu
-  cuda/dequantize_sm90.cu
-  cuda/device_guard.cpp
-  cuda/device_info.cpp
+  cuda/dequantize.cu cuda/dequantize_sm90.cu
+  cuda/device_guard.cpp cuda/device_info.cpp
   cuda/embedding.cu
   cuda/gemm/add_products.cu
   cuda/gemm/cublas.cpp
@@ -21,8 +19,7 @@ target_sources(qlora PRIVATE
   cuda/gemm/wide_sm90.cu
   cuda/lora/adapter_pass.cu cuda/lora/add_low_rank.cu cuda/lora/finish_parts.cu cuda/lora/lora_linear.cpp cuda/lora/merged_weight.cu cuda/lora/naive.cu cuda/lora/update.cpp
   cuda/quantize.cu
-  cuda/remember.cpp
-  cuda/side_stream.cpp
+  cuda/remember.cpp cuda/round_columns.cu cuda/side_stream.cpp
   cuda/tensor_map.cpp)
 target_include_directories(qlora PRIVATE . ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 # -lineinfo names source lines in profilers; -compress-all keeps the wheel small.

@@ -175,6 +175,9 @@ def make_call(name: str, device: str, *, is_nested: bool = True, dtype: torch.dt
         more = {"a": a, "b": b, "scaling": 0.5, "is_separate": True, "needed": needed}
         raw = queue.lora_linear_4bit_backward.default
         return _with_weight(partial(_lora_backward, x, left), weight, dy, raw, raw_args, **more)
+    if name == "round_columns_nf4":
+        columns = round_columns_case(7, 37, device=device)
+        return Call(ops.round_columns_nf4, columns, queue.round_columns_nf4.default, columns)
     if name == "linear_4bit_group":
         return _make_group_call(weight, device, is_nested, dtype)
     if name == "embedding_4bit":
@@ -184,6 +187,16 @@ def make_call(name: str, device: str, *, is_nested: bool = True, dtype: torch.dt
             ops.embedding_4bit, weight, indices, queue.embedding_4bit.default, raw_args, dtype=dtype
         )
     raise ValueError(name)
+
+
+def round_columns_case(
+    num_columns: int, n: int, *, device: str = "cpu", seed: int = 10
+) -> tuple[Tensor, ...]:
+    """values, scales, inverse, coupling and previous of round_columns_nf4; some values lie beyond the code book."""
+    values, previous = (randn(num_columns, n, seed=seed + i, device=device) for i in range(2))
+    scales = randn(num_columns, n, seed=seed + 2, device=device).abs() + 0.5
+    coupling = randn(num_columns, num_columns, seed=seed + 3, device=device) / 4
+    return values, scales, scales.reciprocal(), coupling, previous
 
 
 def lora(n: int, k: int, rank: int, *, device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:

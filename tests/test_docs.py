@@ -22,6 +22,17 @@ def test_every_test_that_a_page_names_exists(page: Path) -> None:
     assert named <= names_of_tests()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_test_that_a_page_names_with_its_file_is_there(page: Path) -> None:
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)", page.read_text())
+    missing = [
+        f"{file}::{name}"
+        for file, name in named
+        if f"def {name}(" not in (ROOT / "tests" / file.removeprefix("tests/")).read_text()
+    ]
+    assert missing == []
+
+
 def test_the_matrix_of_models_has_the_architectures_and_steps_that_are_tested(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

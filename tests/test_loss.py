@@ -183,3 +183,33 @@ def test_autocast_decides_the_dtype_of_lazy_logits():
         expected = nn.Linear.forward(head, hidden)
     assert logits.dtype is torch.bfloat16
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 485, 2047, 2048, 8188])
+@pytest.mark.parametrize("vocabulary", [97, 32000, 49152, 128256, 262144])
+def test_chunks_are_of_one_size_and_whole_tiles_where_that_is_the_most_that_fits(num_rows, vocabulary):
+    values = 1 << 26
+    rows = qloss._rows_per_chunk(num_rows, vocabulary, values)
+    assert 1 <= rows <= max(1, values // vocabulary)
+    count = -(-num_rows // rows)
+    assert count * rows - num_rows < max(1, count)  # the last lacks a row of each other at most
+    tiles = -(-rows // qloss.TILE_ROWS)
+    assert tiles * qloss.TILE_ROWS <= values // vocabulary or tiles == 1
+
+
+def test_of_a_float32_chunk_no_more_is_done_than_softmax_needs():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    names = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    hidden, weight, targets = example(torch.bfloat16, rows=43)
+    with pytest.MonkeyPatch.context() as patch, Recorder():
+        patch.setattr(qloss, "HEAD_CHUNK_VALUES", 20 * 97)
+        qloss.linear_cross_entropy(hidden.requires_grad_(), weight, targets)
+    counts = {name: names.count(name) for name in ("mm", "_log_softmax", "gather", "exp", "scatter_", "sum")}
+    assert counts == {"mm": 4, "_log_softmax": 8, "gather": 8, "exp": 8, "scatter_": 2, "sum": 2}

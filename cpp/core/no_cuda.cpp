@@ -45,6 +45,11 @@ qlora_status qlora_dequantize_absmax_cuda(const uint8_t*, int64_t, const float*,
   return no_cuda("dequantize_absmax");
 }
 
+qlora_status qlora_round_columns_nf4_cuda(const float*, const float*, const float*, const float*, const float*, int64_t,
+                                          int64_t, float*, float*, int32_t, qlora_stream) {
+  return no_cuda("round_columns_nf4");
+}
+
 qlora_status qlora_linear_4bit_cuda(const void*, int64_t, qlora_dtype, const qlora_weight_4bit*, const void*, void*,
                                     void*, int64_t, int32_t, qlora_stream) {
   return no_cuda("linear_4bit");

@@ -49,6 +49,11 @@ void check_rank(const char* op, int64_t rank) {
   expect(rank >= 1 && rank <= QLORA_MAX_RANK, op, ": rank: expected 1 to ", QLORA_MAX_RANK, ", got ", rank);
 }
 
+void check_round_columns(const char* op, int64_t num_columns) {
+  expect(num_columns >= 0 && num_columns <= QLORA_MAX_ROUND_COLUMNS, op, ": num_columns: expected 0 to ",
+         QLORA_MAX_ROUND_COLUMNS, ", got ", num_columns);
+}
+
 void check_pointer(const char* op, const char* argument, const void* pointer) {
   expect(pointer != nullptr, op, ": ", argument, ": expected a pointer, got null");
 }

@@ -24,6 +24,7 @@ void check_block_size(const char* op, int64_t block_size);
 void check_weight(const char* op, const qlora_weight_4bit* weight);
 void check_range(const char* op, const char* unit, int64_t begin, int64_t end, int64_t limit);
 void check_rank(const char* op, int64_t rank);
+void check_round_columns(const char* op, int64_t num_columns);
 void check_pointer(const char* op, const char* argument, const void* pointer);
 
 }  // namespace qlora

@@ -120,6 +120,27 @@ qlora_status qlora_dequantize_absmax_cpu(const uint8_t* codes, int64_t n, const 
   });
 }
 
+qlora_status qlora_round_columns_nf4_cpu(const float* values, const float* scales, const float* inverse,
+                                         const float* coupling, const float* previous, int64_t num_columns,
+                                         int64_t rows, float* rounded, float* change, int64_t row_begin,
+                                         int64_t row_end) {
+  return guarded([&] {
+    const char* op = "round_columns_nf4";
+    check_round_columns(op, num_columns);
+    cpu::check_count(op, "rows", rows);
+    check_range(op, "rows", row_begin, row_end, rows);
+    if (row_begin == row_end || num_columns == 0) return;
+    check_pointer(op, "values", values);
+    check_pointer(op, "scales", scales);
+    check_pointer(op, "inverse", inverse);
+    check_pointer(op, "coupling", coupling);
+    check_pointer(op, "rounded", rounded);
+    check_pointer(op, "change", change);
+    cpu::kernels().round_columns({values, scales, inverse, coupling, previous, num_columns, rows, rounded, change},
+                                 row_begin, row_end);
+  });
+}
+
 qlora_status qlora_linear_4bit_cpu(const void* x, int64_t m, qlora_dtype dtype, const qlora_weight_4bit* weight,
                                    const void* bias, void* y, int64_t row_begin, int64_t row_end) {
   return guarded([&] { cpu::linear("linear_4bit", x, m, dtype, weight, bias, {}, y, row_begin, row_end); });

@@ -38,6 +38,19 @@ struct AdapterGradient {
   bool is_output_transposed;
 };
 
+// The arguments of qlora_round_columns_nf4_cpu.
+struct ColumnRounding {
+  const float* values;
+  const float* scales;
+  const float* inverse;
+  const float* coupling;
+  const float* previous;
+  int64_t num_columns;
+  int64_t rows;
+  float* rounded;
+  float* change;
+};
+
 struct Kernels {
   const char* name;
 
@@ -57,6 +70,7 @@ struct Kernels {
                             const LowRank& low_rank, void* dx, int64_t col_begin, int64_t col_end);
   void (*adapter_product)(const AdapterProduct& product, int64_t row_begin, int64_t row_end);
   void (*adapter_gradient)(const AdapterGradient& gradient, int64_t col_begin, int64_t col_end);
+  void (*round_columns)(const ColumnRounding& problem, int64_t row_begin, int64_t row_end);
 };
 
 extern const Kernels kKernelsPlain;

@@ -8,13 +8,14 @@
 #include "cpu/linear.h"
 #include "cpu/lora.h"
 #include "cpu/quantize.h"
+#include "cpu/round_columns.h"
 
 namespace qlora::cpu::QLORA_LEVEL {
 namespace {
 
 constexpr Kernels all_kernels(const char* name) {
-  return {name,      quantize, dequantize,        quantize_absmax, dequantize_absmax,
-          embedding, linear,   linear_grad_input, adapter_product, adapter_gradient};
+  return {name,   quantize,          dequantize,      quantize_absmax,  dequantize_absmax, embedding,
+          linear, linear_grad_input, adapter_product, adapter_gradient, round_columns};
 }
 
 }  // namespace

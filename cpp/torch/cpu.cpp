@@ -93,6 +93,20 @@ Tensor dequantize_absmax(Tensor codes, Tensor nested_absmax, Tensor nested_quant
   return absmax;
 }
 
+std::tuple<Tensor, Tensor> round_columns_nf4(Tensor values, Tensor scales, Tensor inverse, Tensor coupling,
+                                             std::optional<Tensor> previous) {
+  const ColumnRounding problem(values, scales, inverse, coupling, previous);
+  auto* rounded = problem.rounded.mutable_data_ptr<float>();
+  auto* change = problem.change.mutable_data_ptr<float>();
+  for_units(problem.rows, problem.num_columns * problem.num_columns, [&](int64_t begin, int64_t end) {
+    return qlora_round_columns_nf4_cpu(problem.values.const_data_ptr<float>(), problem.scales.const_data_ptr<float>(),
+                                       problem.inverse.const_data_ptr<float>(),
+                                       problem.coupling.const_data_ptr<float>(), problem.previous_data(),
+                                       problem.num_columns, problem.rows, rounded, change, begin, end);
+  });
+  return {problem.rounded, problem.change};
+}
+
 Tensor linear_4bit(Tensor input, Tensor packed, Tensor absmax, std::optional<Tensor> nested_absmax,
                    std::optional<Tensor> nested_quant_map, std::optional<Tensor> nested_offset,
                    std::optional<Tensor> bias, Shape shape, int64_t block_size, std::string quant_type) {
@@ -264,6 +278,7 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
   m.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));
   m.impl("quantize_absmax", TORCH_BOX(&quantize_absmax));
   m.impl("dequantize_absmax", TORCH_BOX(&dequantize_absmax));
+  m.impl("round_columns_nf4", TORCH_BOX(&round_columns_nf4));
   m.impl("linear_4bit", TORCH_BOX(&linear_4bit));
   m.impl("linear_4bit.raw", TORCH_BOX(&linear_4bit));
   m.impl("linear_4bit_group", TORCH_BOX(&linear_4bit_group));

@@ -38,6 +38,12 @@ STABLE_TORCH_LIBRARY(qlora, m) {
       "dequantize_absmax(Tensor absmax, Tensor nested_absmax, Tensor nested_quant_map, Tensor nested_offset) -> "
       "Tensor");
 
+  // float32 [num_columns, n] each, num_columns at most 32; coupling [num_columns, num_columns] -> rounded and change
+  // [num_columns, n]: columns of a transposed weight rounded in turn, for calibration
+  m.def(
+      "round_columns_nf4(Tensor values, Tensor scales, Tensor inverse, Tensor coupling, Tensor? previous) -> "
+      "(Tensor, Tensor)");
+
   // y = x W^T + b: [..., k] -> [..., n]
   def_with_raw("linear_4bit",
                "(Tensor input, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "

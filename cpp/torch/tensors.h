@@ -127,6 +127,39 @@ class Weight {
   std::vector<Tensor> kept_;
 };
 
+// The arguments of round_columns_nf4, contiguous, and its outputs.
+struct ColumnRounding {
+  ColumnRounding(const Tensor& values_in, const Tensor& scales_in, const Tensor& inverse_in, const Tensor& coupling_in,
+                 const std::optional<Tensor>& previous_in)
+      : num_columns(values_in.dim() == 2 ? values_in.size(0) : -1), rows(num_columns < 0 ? 0 : values_in.size(1)) {
+    const char* op = "round_columns_nf4";
+    STD_TORCH_CHECK(num_columns >= 0 && num_columns <= QLORA_MAX_ROUND_COLUMNS, "qlora.", op,
+                    ": values: expected [num_columns, rows] of at most ", QLORA_MAX_ROUND_COLUMNS, " columns, got ",
+                    values_in.dim(), " dimensions, the first of ", values_in.dim() == 0 ? 0 : values_in.size(0));
+    const int64_t count = num_columns * rows;
+    const auto float32 = [&](const char* argument, const Tensor& tensor, int64_t expected) {
+      STD_TORCH_CHECK(tensor.numel() == expected, "qlora.", op, ": ", argument, ": expected ", expected,
+                      " values, got ", tensor.numel());
+      return checked(op, argument, tensor, ScalarType::Float, values_in, expected);
+    };
+    values = float32("values", values_in, count);
+    scales = float32("scales", scales_in, count);
+    inverse = float32("inverse", inverse_in, count);
+    coupling = float32("coupling", coupling_in, num_columns * num_columns);
+    if (previous_in) previous = float32("previous", *previous_in, count);
+    rounded = empty_on_device_of(values, {num_columns, rows}, ScalarType::Float);
+    change = empty_on_device_of(values, {num_columns, rows}, ScalarType::Float);
+  }
+
+  const float* previous_data() const { return previous ? previous->const_data_ptr<float>() : nullptr; }
+
+  int64_t num_columns;
+  int64_t rows;
+  Tensor values, scales, inverse, coupling;
+  std::optional<Tensor> previous;
+  Tensor rounded, change;
+};
+
 // A matrix operand [..., width] as m rows, contiguous.
 struct Rows {
   Rows(const char* op, const char* argument, const Tensor& tensor, int64_t width)

@@ -25,12 +25,19 @@ __all__ = ["causal_lm_loss", "cross_entropy", "linear_cross_entropy"]
 # Values of one float32 chunk, of which two are live at a time: 32 MiB each, 65 rows of a 128 k vocabulary. A guess
 # that keeps the kernels long against their launches, not a measured optimum.
 CHUNK_VALUES = 1 << 23
-# The head's weight is read again for every product, so its chunks are wider: 523 rows, 128 MiB of 16-bit logits.
+# The head's weight is read again for every product, so its chunks are wider: 512 rows, 128 MiB of 16-bit logits.
 HEAD_CHUNK_VALUES = 1 << 26
 
 
-def _rows_per_chunk(vocabulary: int, values: int) -> int:
-    return max(1, values // max(1, vocabulary))
+# Rows of a product's tile on a GPU: one row more would cost another tile.
+TILE_ROWS = 128
+
+
+def _rows_per_chunk(num_rows: int, vocabulary: int, values: int) -> int:
+    """Rows of chunks of one size, the last but for the remainder, of at most `values` values."""
+    most = max(1, values // max(1, vocabulary))
+    most -= most % TILE_ROWS if most > TILE_ROWS else 0
+    return max(1, -(-num_rows // max(1, -(-num_rows // most))))
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
@@ -41,17 +48,11 @@ def _losses(log_probabilities: Tensor, targets: Tensor) -> Tensor:
     return -log_probabilities.gather(-1, targets[:, None])[:, 0]
 
 
-def _write_logit_gradients(log_probabilities: Tensor, targets: Tensor, out: Tensor) -> Tensor:
-    """p - onehot(t) to `out`, in its dtype. expm1 keeps p_t - 1 exact where p_t is near 1."""
+def _logit_gradients(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+    """p - onehot(t), over `log_probabilities`. expm1 keeps p_t - 1 exact where p_t is near 1."""
     index = targets[:, None]
     at_target = torch.expm1(log_probabilities.gather(-1, index))
-    torch.exp(log_probabilities, out=out)
-    return out.scatter_(-1, index, at_target.to(out.dtype))
-
-
-def _logit_gradients(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """The same over `log_probabilities`."""
-    return _write_logit_gradients(log_probabilities, targets, log_probabilities)
+    return log_probabilities.exp_().scatter_(-1, index, at_target)
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -62,7 +63,7 @@ class _CrossEntropySum(torch.autograd.Function):
         ctx.save_for_backward(logits, targets)
         ctx.ignore_index = ignore_index
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        step = _rows_per_chunk(logits.shape[1], CHUNK_VALUES)
+        step = _rows_per_chunk(logits.shape[0], logits.shape[1], CHUNK_VALUES)
         for rows, wanted in zip(torch.split(logits, step), torch.split(targets, step), strict=True):
             ignored = wanted == ignore_index
             losses = _losses(_log_probabilities(rows), wanted.masked_fill(ignored, 0))
@@ -74,7 +75,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None]:
         logits, targets = ctx.saved_tensors
         gradients = torch.empty_like(logits)
-        step = _rows_per_chunk(logits.shape[1], CHUNK_VALUES)
+        step = _rows_per_chunk(logits.shape[0], logits.shape[1], CHUNK_VALUES)
         chunks = (torch.split(tensor, step) for tensor in (logits, targets, gradients))
         for rows, wanted, out in zip(*chunks, strict=True):
             ignored = wanted == ctx.ignore_index
@@ -92,25 +93,28 @@ def _head_loss(
 ) -> Tensor:
     """Sum of the losses of a chunk; the gradient towards hidden goes to `gradients`.
 
-    A function of its own: its logits are gone when those of the next chunk are made.
+    A function of its own: its logits are gone when those of the next chunk are made. Their gradients take their place.
+    What can be done for all rows is not done for those of a float32 chunk, of which each is short against its launches.
     """
     logits = F.linear(hidden, weight, bias)
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    step = _rows_per_chunk(weight.shape[0], CHUNK_VALUES)
-    for rows, wanted in zip(torch.split(logits, step), torch.split(targets, step), strict=True):
-        total += _softmax_loss(rows, wanted, is_overwritten=gradients is not None)
+    index = targets[:, None]
+    at_target = torch.empty(index.shape, dtype=torch.float32, device=hidden.device)
+    step = _rows_per_chunk(logits.shape[0], logits.shape[1], CHUNK_VALUES)
+    chunks = (torch.split(tensor, step) for tensor in (logits, index, at_target))
+    for rows, wanted, out in zip(*chunks, strict=True):
+        _softmax_rows(rows, wanted, out, is_overwritten=gradients is not None)
     if gradients is not None:
+        logits.scatter_(-1, index, torch.expm1(at_target).to(logits.dtype))
         torch.mm(logits, weight, out=gradients)
-    return total
+    return -at_target.sum()
 
 
-def _softmax_loss(logits: Tensor, targets: Tensor, *, is_overwritten: bool) -> Tensor:
-    """Sum of the losses of a few rows; where asked for, their gradient takes the place of the logits."""
+def _softmax_rows(logits: Tensor, index: Tensor, at_target: Tensor, *, is_overwritten: bool) -> None:
+    """The log-probabilities of the targets of a few rows; where asked for, all probabilities take the logits' place."""
     log_probabilities = _log_probabilities(logits)
-    total = _losses(log_probabilities, targets).sum()
+    torch.gather(log_probabilities, -1, index, out=at_target)
     if is_overwritten:
-        _write_logit_gradients(log_probabilities, targets, logits)
-    return total
+        torch.exp(log_probabilities, out=logits)
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -124,7 +128,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradients = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        step = _rows_per_chunk(weight.shape[0], HEAD_CHUNK_VALUES)
+        step = _rows_per_chunk(hidden.shape[0], weight.shape[0], HEAD_CHUNK_VALUES)
         for start in range(0, hidden.shape[0], step):
             rows = slice(start, start + step)
             out = None if gradients is None else gradients[rows]

@@ -46,7 +46,11 @@ __all__ = [
     "lora_linear_4bit_backward",
     "quantize_4bit",
     "quantize_absmax",
+    "round_columns_nf4",
 ]
+
+#: Columns of a call of `round_columns_nf4` at most.
+MAX_ROUND_COLUMNS = 32
 
 _STORAGES = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -54,6 +58,7 @@ _quantize_4bit = torch.ops.qlora.quantize_4bit.default
 _dequantize_4bit = torch.ops.qlora.dequantize_4bit.default
 _quantize_absmax = torch.ops.qlora.quantize_absmax.default
 _dequantize_absmax = torch.ops.qlora.dequantize_absmax.default
+_round_columns_nf4 = torch.ops.qlora.round_columns_nf4.default
 _linear_4bit = torch.ops.qlora.linear_4bit.default
 _linear_4bit_grad_input = torch.ops.qlora.linear_4bit_grad_input.default
 _embedding_4bit = torch.ops.qlora.embedding_4bit.default
@@ -240,6 +245,60 @@ def _dequantize_absmax_fake(
 
 torch.library.register_fake("qlora::dequantize_absmax", _dequantize_absmax_fake)
 torch.library.register_autograd("qlora::dequantize_absmax", _no_gradient, setup_context=_mark_outputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+def round_columns_nf4(
+    values: Tensor, scales: Tensor, inverse: Tensor, coupling: Tensor, previous: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rounds columns of a weight to NF4 in turn, each rounding moving those still open. Not differentiable.
+
+    With open = values, for j = 0, 1, ..., each product, difference and sum rounded to float32:
+
+        rounded[j] = code value nearest to open[j] * inverse[j], times scales[j]
+        change[j]  = previous[j] - rounded[j]                without `previous`: open[j] - rounded[j]
+        open[l]   += coupling[j, l] * change[j]              for l > j
+
+    Args:
+        values: float32 [num_columns, n]: columns of a weight [n, k], num_columns at most MAX_ROUND_COLUMNS.
+        scales, inverse: float32 [num_columns, n].
+        coupling: float32 [num_columns, num_columns], read above the diagonal.
+        previous: float32 [num_columns, n] or None.
+
+    Returns:
+        rounded and change, float32 [num_columns, n].
+
+    Raises:
+        TypeError: a dtype or device is not as said.
+        ValueError: a size is not as said.
+    """
+    op = "round_columns_nf4"
+    _checks.check_tensor(op, "values", values, (torch.float32,))
+    if values.dim() != 2 or values.shape[0] > MAX_ROUND_COLUMNS:
+        wanted = f"[num_columns, n] of at most {MAX_ROUND_COLUMNS} columns"
+        raise ValueError(f"qlora.{op}: values: {_checks.expected(wanted, list(values.shape))}")
+    like = (("scales", scales), ("inverse", inverse), ("previous", values if previous is None else previous))
+    square = values.shape[0]
+    for name, tensor, shape in (
+        *((name, tensor, values.shape) for name, tensor in like),
+        ("coupling", coupling, (square, square)),
+    ):
+        _checks.check_tensor(op, name, tensor, (torch.float32,))
+        _checks.check_device(op, name, tensor, values.device)
+        if tensor.shape != shape:
+            raise ValueError(f"qlora.{op}: {name}: {_checks.expected(str(list(shape)), list(tensor.shape))}")
+    rounded, change = _round_columns_nf4(values, scales, inverse, coupling, previous)
+    return rounded, change
+
+
+def _round_columns_nf4_fake(
+    values: Tensor, scales: Tensor, inverse: Tensor, coupling: Tensor, previous: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape), values.new_empty(values.shape)
+
+
+torch.library.register_fake("qlora::round_columns_nf4", _round_columns_nf4_fake)
+torch.library.register_autograd("qlora::round_columns_nf4", _no_gradient, setup_context=_mark_outputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -164,6 +164,23 @@ def dequantize_absmax(
     return nested_quant_map[absmax_codes.long()] * scales + nested_offset.float()
 
 
+def round_columns_nf4(
+    values: Tensor, scales: Tensor, inverse: Tensor, coupling: Tensor, previous: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Columns [num_columns, n] of a weight rounded in turn; every step is rounded to float32. A NaN takes the code of -1."""
+    book, bounds = code_values("nf4", values.device), decision_thresholds("nf4", values.device)
+    still_open = values.clone()
+    rounded, change = torch.empty_like(values), torch.empty_like(values)
+    for j in range(len(values)):
+        code = (still_open[j] * inverse[j])[:, None].gt(bounds).sum(dim=1)
+        rounded[j] = book[code] * scales[j]
+        change[j] = (still_open if previous is None else previous)[j] - rounded[j]
+        for later in range(j + 1, len(values)):
+            product = coupling[j, later] * change[j]
+            still_open[later] += product
+    return rounded, change
+
+
 def linear_4bit(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """float64 x W^T + b of a dequantised weight [n, k]."""
     output = input.double() @ weight.double().T

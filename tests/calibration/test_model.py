@@ -144,6 +144,22 @@ def test_no_token_outweighs_the_others() -> None:
     assert torch.equal(moments.drift, torch.zeros(8, 8))
 
 
+def test_products_are_in_full_float32_whatever_the_process_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    save = Work.save
+    monkeypatch.setattr(
+        Work,
+        "save",
+        lambda *args: (found.append(torch.backends.cuda.matmul.fp32_precision), save(*args)),
+    )
+    torch.backends.cuda.matmul.allow_tf32 = True  # set back after the test: see conftest.py
+    calibrated(tmp_path)
+    assert found == ["ieee", "ieee"]
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.backends.cuda.matmul.allow_tf32
+
+
 def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     assert_same_bytes(calibrated(tmp_path / "a"), calibrated(tmp_path / "b"))
 

@@ -164,6 +164,16 @@ def drive_groups() -> None:
     torch.cuda.synchronize()
 
 
+def drive_columns() -> None:
+    """round_columns_nf4 of a part of a group and a whole one, with and without previous values; a partial block."""
+    for num_columns, rows in itertools.product((1, 5, 32), (1, 33, 128, 300)):
+        values, scales, inverse, previous = torch.randn(4, num_columns, rows, device="cuda").unbind()
+        coupling = torch.randn(num_columns, num_columns, device="cuda")
+        for before in (None, previous):
+            ops.round_columns_nf4(values, scales, inverse, coupling, before)
+    torch.cuda.synchronize()
+
+
 def drive_formats() -> None:
     for shape, dtype, quant_type in itertools.product(SHAPES, DTYPES, QUANT_TYPES):
         for block_size in (32, 64, 256, 512, 4096):
@@ -217,6 +227,7 @@ def parts() -> dict[str, Callable[[], None]]:
     groups = {"groups": drive_groups} if capability >= (9, 0) else {}
     return {
         "formats": drive_formats,
+        "columns": drive_columns,
         "linears": drive_linears,
         "lora": drive_loras,
         **groups,

@@ -157,6 +157,17 @@ def test_dense_adds_the_update_to_its_weight_or_output(
         )
 
 
+def test_ranks_that_need_more_and_less_memory_in_any_order(kernel: Callable[..., None]) -> None:
+    kernel("dense")
+    cases = {
+        rank: Case.random(rank, device="cuda", shape=(256, 512), lead=(600,), dtype=torch.bfloat16)
+        for rank in (256, 16, 100)
+    }
+    first = {rank: case.forward()[0] for rank, case in cases.items()}
+    for rank in (256, 100, 16, 256):
+        assert_bitwise_equal(cases[rank].forward()[0], first[rank])
+
+
 @pytest.mark.parametrize("rank", [7, 100])
 @pytest.mark.parametrize("is_separate", [False, True])
 def test_any_address_gives_equal_bits(kernel: Callable[..., None], is_separate: bool, rank: int) -> None:

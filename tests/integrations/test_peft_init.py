@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from lora_models import fill_adapters, lora_layers, packed_weights, pair, tokens  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft.tuners.lora.config import CordaConfig  # noqa: E402
 
 from assertions import assert_same_tensors  # noqa: E402
 
@@ -27,6 +29,15 @@ def config(init=True, **kwargs):
     return LoraConfig(
         r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM", init_lora_weights=init, **kwargs
     )
+
+
+def base_weights(model):
+    """The packed weights under adapters, by their names without these."""
+    names = {
+        name: name.replace("base_model.model.", "").replace(".base_layer", "")
+        for name in packed_weights(model)
+    }
+    return {names[name]: tensor for name, tensor in packed_weights(model).items()}
 
 
 def step_bound(weight, layer):
@@ -78,11 +89,7 @@ def test_initialisations_that_leave_the_weight_alone_change_no_byte(init):
     model = pair()[0]
     before = packed_weights(model)
     model = get_peft_model(model, config(init, **({"eva_config": peft.EvaConfig()} if init == "eva" else {})))
-    after = {
-        n.replace("base_model.model.", "").replace(".base_layer", ""): t
-        for n, t in packed_weights(model).items()
-    }
-    assert_same_tensors(after, before)
+    assert_same_tensors(base_weights(model), before)
     layer = next(iter(lora_layers(model).values()))
     assert {p.dtype for p in layer.parameters() if p.requires_grad} == {torch.float32}
     if init != "orthogonal":
@@ -115,6 +122,41 @@ def test_lora_ga_reads_its_gradient_and_leaves_a_residual():
     error = (layer.base_layer.dequantize(torch.float32) - residual).abs()
     assert (error <= step_bound(residual, layer) + 1e-6).all()
     assert not torch.equal(layer.base_layer.dequantize(torch.float32), before)
+
+
+@pytest.mark.skipif(
+    not hasattr(peft.tuners.lora.LoraLayer, "mica_init"), reason="a peft with MiCA is not installed"
+)
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_mica_takes_its_directions_from_the_values_whatever_the_storage(storage):
+    quantized, dense = pair(quant_storage=storage)
+    before = packed_weights(quantized)
+    expected = get_peft_model(dense, config("mica")).model.model.layers[0].self_attn.q_proj
+    model = get_peft_model(quantized, config("mica"))
+    found = model.model.model.layers[0].self_attn.q_proj
+    assert torch.equal(found.lora_B["default"].weight, expected.lora_B["default"].weight)
+    assert not found.lora_A["default"].weight.any()
+    assert_same_tensors(base_weights(model), before)
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_corda_reads_what_was_prepared_and_leaves_a_residual(storage):
+    """PEFT's preparation reads the weight itself, so it runs on the dequantised model; `eigens` is what it leaves."""
+    quantized, dense = pair(quant_storage=storage)
+    base = quantized.model.layers[0].self_attn.q_proj
+    u, s, v = torch.linalg.svd(dense.model.layers[0].self_attn.q_proj.weight.detach())
+    base.eigens = SimpleNamespace(U_WC=u[:, :4].clone(), S_WC=s[:4].clone(), V_WC=v[:4].T.clone())
+    settings = config("corda", corda_config=CordaConfig())
+    settings.target_modules = {"q_proj"}
+    settings.layers_to_transform = [0]
+    before = base.dequantize(torch.float32)
+    layer = next(iter(lora_layers(get_peft_model(quantized, settings)).values()))
+    assert not hasattr(layer.base_layer, "eigens")
+    residual = before - layer.get_delta_weight("default").detach()
+    error = (layer.base_layer.dequantize(torch.float32) - residual).abs()
+    assert (error <= step_bound(residual, layer) + 1e-6).all()
+    assert not torch.equal(layer.base_layer.dequantize(torch.float32), before)
+    assert layer.base_layer.weight.dtype is getattr(torch, storage)
 
 
 def test_loftq_is_refused_with_the_way_to_do_it():

@@ -16,6 +16,7 @@ OPS = (
     "dequantize_4bit",
     "quantize_absmax",
     "dequantize_absmax",
+    "round_columns_nf4",
     "linear_4bit",
     "linear_4bit_grad_input",
     "linear_4bit_group",

@@ -181,6 +181,32 @@ QLORA_API qlora_status qlora_dequantize_absmax_cuda(const uint8_t* codes, int64_
                                                     int32_t device, qlora_stream stream);
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Calibration.
+
+#define QLORA_MAX_ROUND_COLUMNS 32
+
+/// Rounds columns of a weight to NF4 one after the other, each rounding moving those that are still open. With
+/// open = values, for j = 0, 1, ... num_columns - 1, each product, difference and sum rounded to fp32:
+///   rounded[j] = code value nearest to open[j] * inverse[j], times scales[j]
+///   change[j]  = previous[j] - rounded[j]                 without `previous`: open[j] - rounded[j]
+///   open[l]   += coupling[j, l] * change[j]               for l > j
+/// All matrices are transposed, so that a column of the weight is contiguous.
+/// \param[in]  values, scales, inverse  [num_columns, rows].
+/// \param[in]  previous                 [num_columns, rows], or null.
+/// \param[in]  coupling                 [num_columns, num_columns]; read above the diagonal.
+/// \param[in]  num_columns              0 to QLORA_MAX_ROUND_COLUMNS.
+/// \param[out] rounded, change          [num_columns, rows]; neither may be one of the others.
+/// Units of the CPU form: rows of the weight.
+QLORA_API qlora_status qlora_round_columns_nf4_cpu(const float* values, const float* scales, const float* inverse,
+                                                   const float* coupling, const float* previous, int64_t num_columns,
+                                                   int64_t rows, float* rounded, float* change, int64_t row_begin,
+                                                   int64_t row_end);
+QLORA_API qlora_status qlora_round_columns_nf4_cuda(const float* values, const float* scales, const float* inverse,
+                                                    const float* coupling, const float* previous, int64_t num_columns,
+                                                    int64_t rows, float* rounded, float* change, int32_t device,
+                                                    qlora_stream stream);
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Linear: y = x W^T + bias, and its input gradient dx = dy W. Sums, with the bias among them, are fp32, rounded once
 // to `dtype`. W is the dequantised weight: in fp32 on CPU; on CUDA rounded to `dtype`, or, in kernels for few rows, the
 // code values rounded to `dtype` and the scales applied in fp32; in one for a bf16 gradient of few rows code values,

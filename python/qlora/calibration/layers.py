@@ -151,6 +151,26 @@ def to_float32(value: Any, device: torch.device) -> Any:
     return value
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32 on GPUs, which trainers and some machines' settings allow: it errs by more than what is fitted here."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.allow_tf32 = False  # the older name sets the newer one too; torch wants them to agree
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before == "tf32"
+        matmul.fp32_precision = before
+
+
+def kept_on(value: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device`. What goes from a GPU to the host lies in pinned memory there: it comes back ten times as fast."""
+    if device.type == "cpu" and value.is_cuda:
+        return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
+    return value.to(device, copy=True)
+
+
 @torch.no_grad()
 def run_layer(layer: nn.Module, hidden: Tensor, arguments: LayerArguments) -> Tensor:
     """The layer's hidden states [1, length, width]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,22 @@ from ..nn.linear import Linear4bit
 from ..nn.params import Params4bit
 from ..nn.report import KEPT_ATTRIBUTE
 from .budget import Harm, check_budget, choose_kept, measure_harm
-from .layers import LayerArguments, LayerInputs, find_decoder_layers, record_inputs, run_layer, to_float32
-from .moments import RecordedInputs, input_moments, record_linears
-from .weight import calibrate_weight
+from .layers import (
+    LayerArguments,
+    LayerInputs,
+    find_decoder_layers,
+    full_float32,
+    kept_on,
+    record_inputs,
+    run_layer,
+    to_float32,
+)
+from .moments import OutputError, RecordedInputs, input_moments, record_linears
+from .weight import calibrate_weight, check_fit
 from .work import LayerError, Work, digest
 
 #: Goes up with every change that gives other bytes for the same input.
-_METHOD = 4
+_METHOD = 5
 
 
 @dataclass
@@ -48,6 +58,7 @@ class Calibrated:
 
 
 @torch.no_grad()
+@full_float32()
 def calibrate_(
     model: nn.Module,
     windows: Tensor,
@@ -63,7 +74,7 @@ def calibrate_(
     quantised ones do, while moments of a linear's inputs are summed up. It gets the weight that makes of the second what
     it made of the first, then the next linear follows. In the end the windows go through the original layer and the
     quantised one, which gives the inputs of layer i + 1. On `device` are one layer in float32 and what fitting one
-    weight takes: about ten [k, k] matrices of float32 and ten times the weight. The model may stay on the CPU, in 16
+    weight takes: at most four [k, k] matrices of float32 and twelve times the weight. The model may stay on the CPU, in 16
     bits; where it is are, in float32, two hidden states of every token and what one layer's linears get of it.
 
     Linears outside the decoder layers, and embeddings if the configuration wants them, are quantised as
@@ -136,29 +147,31 @@ class _Walk:
         """Quantises the linears `targets` of each decoder layer."""
         original, hidden = list(self.inputs.hidden), list(self.inputs.hidden)
         errors: list[LayerError] = []
-        for index in self._progress("calibrating"):
-            layer, names, name = self.layers[index], targets[index], f"{self.prefix}.{index}"
-            dense, arguments = self._start(index)
-            source = "" if self.work is None else digest(layer.parameters())
-            weights: dict[str, Params4bit] = {}
-            found: list[LayerError] = []
-            if names and (self.work is None or not self.work.has(index)):
-                recorded = record_linears(dense, names, original, arguments)
-                weights, found = _fit_layer(layer, dense, recorded, name, hidden, arguments, config)
-                if self.work is not None:
-                    self.work.save(index, source, weights, found)
-            else:
-                _run(dense, original, arguments)
-            if names and self.work is not None:
-                # From the file in any case: a run that was resumed computes with the same bytes.
-                weights, found = self.work.load(index, source, names)
-            errors += found
-            if index + 1 < len(self.layers):
+        # Beside the GPU: a second for the 16-bit weights of a layer of an 8B Llama.
+        with ThreadPoolExecutor(1) as hashing:
+            for index in self._progress("calibrating"):
+                layer, names, name = self.layers[index], targets[index], f"{self.prefix}.{index}"
+                digests = hashing.submit(digest, [] if self.work is None else list(layer.parameters()))
+                dense, arguments = self._start(index)
+                weights: dict[str, Params4bit] = {}
+                found: list[LayerError] = []
+                if names and (self.work is None or not self.work.has(index)):
+                    recorded = record_linears(dense, names, original, arguments)
+                    weights, found = _fit_layer(layer, dense, recorded, name, hidden, arguments, config)
+                    if self.work is not None:
+                        self.work.save(index, digests.result(), weights, found)
+                else:
+                    _run(dense, original, arguments)
+                if names and self.work is not None:
+                    # From the file in any case: a run that was resumed computes with the same bytes.
+                    weights, found = self.work.load(index, digests.result(), names)
+                errors += found
+                if index + 1 < len(self.layers):
+                    for linear, weight in weights.items():
+                        _set_values(dense, linear, weight)
+                    _run(dense, hidden, arguments)
                 for linear, weight in weights.items():
-                    _set_values(dense, linear, weight)
-                _run(dense, hidden, arguments)
-            for linear, weight in weights.items():
-                _put(layer, linear, weight, f"{name}.{linear}", config)
+                    _put(layer, linear, weight, f"{name}.{linear}", config)
         return errors
 
     def measure(self, targets: list[list[str]], config: QuantConfig) -> list[Harm]:
@@ -187,7 +200,7 @@ class _Walk:
 
     def _start(self, index: int) -> tuple[nn.Module, LayerArguments]:
         """A copy of a decoder layer in float32 on the device, and what it is called with."""
-        dense = copy.deepcopy(self.layers[index]).float().to(self.device)
+        dense = copy.deepcopy(self.layers[index]).to(self.device).float()
         return dense, to_float32(self.inputs.arguments[index], self.device)
 
 
@@ -240,7 +253,8 @@ def _run(working: nn.Module, hidden: list[Tensor], arguments: LayerArguments) ->
     """Replaces the hidden states of each window by what the decoder layer makes of them."""
     device = next(working.parameters()).device
     for window, value in enumerate(hidden):
-        hidden[window] = run_layer(working, value.to(device), arguments).to(value.device)
+        output = run_layer(working, value.to(device, non_blocking=True), arguments)
+        hidden[window] = kept_on(output, value.device)
 
 
 def _fit_layer(
@@ -262,18 +276,28 @@ def _fit_layer(
     for group, original in zip(recorded.groups, recorded.of_group, strict=True):
         moments = input_moments(group[0], original, dense, hidden, arguments)
         original.clear()  # no longer needed
-        for name in group:
-            full_name = f"{prefix}.{name}"
-            module: Any = layer.get_submodule(name)
-            weight = module.weight.detach().to(device)
-            weight = weight.T.contiguous() if convert.is_conv1d(module) else weight
-            result = calibrate_weight(weight, moments, config, f"{full_name}.weight")
+        sources = {name: _weight_of(layer, name).to(device) for name in group}
+        output_errors: dict[str, OutputError] = {}
+        for name, source in sources.items():
+            check_fit(source, moments, config, f"{prefix}.{name}.weight")
+            output_errors[name] = OutputError(source.float(), moments)
+        del moments  # what is left of them are the sums of x x^T
+        for name, source in sources.items():
+            result = calibrate_weight(source, output_errors.pop(name), config)
             weights[name] = Params4bit._from_packed(result.packed, result.state)
+            full_name = f"{prefix}.{name}"
             errors[name] = LayerError(full_name, result.error_absmax, result.error, result.is_calibrated)
         for name in group:
             _set_values(dense, name, weights[name])
     names = [name for name, _ in layer.named_modules() if name in weights]
     return {name: weights[name] for name in names}, [errors[name] for name in names]
+
+
+def _weight_of(layer: nn.Module, name: str) -> Tensor:
+    """The weight of a linear, [n, k]."""
+    module: Any = layer.get_submodule(name)
+    weight: Tensor = module.weight.detach()
+    return weight.T.contiguous() if convert.is_conv1d(module) else weight
 
 
 def _set_values(layer: nn.Module, name: str, weight: Params4bit) -> None:

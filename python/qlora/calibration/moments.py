@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import LayerArguments, run_layer
+from .layers import LayerArguments, kept_on, run_layer
 
 #: No token counts for more than this many times the median token of its window. A few tokens, the first above all, have
 #: inputs of a thousand times the energy of the others in some layers (SmolLM2-135M, the last but one down_proj: 65 % of
@@ -101,7 +101,7 @@ def record_linears(
             last[:] = [(x, owners[name])]
             if owners[name] == name and inputs[name][window_idx] is None:
                 flat = x.reshape(-1, x.shape[-1])
-                inputs[name][window_idx] = flat.to(hidden[window_idx].device, copy=True)
+                inputs[name][window_idx] = kept_on(flat, hidden[window_idx].device)
 
         return note
 
@@ -112,7 +112,8 @@ def record_linears(
     try:
         for window_idx, window in enumerate(hidden):
             last.clear()
-            hidden[window_idx] = run_layer(layer, window.to(device), arguments).to(window.device)
+            output = run_layer(layer, window.to(device, non_blocking=True), arguments)
+            hidden[window_idx] = kept_on(output, window.device)
     finally:
         for handle in handles:
             handle.remove()
@@ -154,7 +155,7 @@ def input_moments(
                 "a layer that chooses its tokens cannot be calibrated"
             )
         weights = _token_weights(x)[:, None]
-        lost = recorded.to(x.device) - x
+        lost = recorded.to(x.device, non_blocking=True) - x
         if sums is None:
             sums = InputMoments(*torch.zeros(3, x.shape[1], x.shape[1], device=x.device).unbind())
         sums.square.addmm_((weights * x).T, x)
@@ -176,7 +177,7 @@ def _input_of(layer: nn.Module, name: str, hidden: Tensor, arguments: LayerArgum
     handle = layer.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with suppress(_LinearReachedError):
-            run_layer(layer, hidden.to(next(layer.parameters()).device), arguments)
+            run_layer(layer, hidden.to(next(layer.parameters()).device, non_blocking=True), arguments)
     finally:
         handle.remove()
     return found[0].reshape(-1, found[0].shape[-1]) if found else None

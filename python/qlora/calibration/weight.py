@@ -12,7 +12,7 @@ from ..format import NESTED_BLOCK_SIZE
 from ..nn.quant_state import QuantState, code_tensor
 from ..nn.tensor import check_storage, dequantize_tensor, quantize_tensor
 from .codes import Rounder, pack
-from .feedback import Refinement, damped, inverse_factor, round_with_feedback
+from .feedback import Refinement, damped, inverse_factor, round_with_feedback, times_inverse
 from .moments import InputMoments, OutputError
 from .scales import Scales, free_scales
 
@@ -39,20 +39,8 @@ class CalibratedWeight:
     is_calibrated: bool
 
 
-@torch.no_grad()
-def calibrate_weight(
-    weight: Tensor, moments: InputMoments, config: QuantConfig, name: str
-) -> CalibratedWeight:
-    """Quantises `weight` W to the Q for which the layer's output changes least.
-
-    Where the inputs are x and were y, W y is best made of x by W + W (sum (y - x) x^T) (sum x x^T)^-1, by least squares:
-    Q comes near to that.
-
-    Args:
-        weight: float32, float16 or bfloat16 [n, k].
-        moments: of the layer's inputs, on the weight's device.
-        config: block size, double quantisation and storage; its quant_type is "nf4".
-        name: of the weight, for errors.
+def check_fit(weight: Tensor, moments: InputMoments, config: QuantConfig, name: str) -> None:
+    """Whether a weight can be calibrated.
 
     Raises:
         ValueError: the weight or the moments hold NaN or Inf, the moments are all 0, or the packed bytes do not fill whole
@@ -65,11 +53,22 @@ def calibrate_weight(
     if not is_finite or not (moments.square.diagonal() > 0).any():
         got = "NaN or Inf" if not is_finite else "none: the calibration text never reached the layer"
         raise ValueError(f"qlora: {name}: expected finite inputs that are not all 0, got {got}")
-    original = weight.float()
-    output_error = OutputError(original, moments)
-    regular = damped(moments.square)
-    target = original + _times_inverse(output_error.crossed, regular)
-    result, scales = _search(target, regular, config)
+
+
+@torch.no_grad()
+def calibrate_weight(weight: Tensor, output_error: OutputError, config: QuantConfig) -> CalibratedWeight:
+    """Quantises `weight` W to the Q for which the layer's output changes least.
+
+    Where the inputs are x and were y, W y is best made of x by W + W (sum (y - x) x^T) (sum x x^T)^-1, by least squares:
+    Q comes near to that.
+
+    Args:
+        weight: float32, float16 or bfloat16 [n, k], one that `check_fit` has passed.
+        output_error: of this weight.
+        config: block size, double quantisation and storage; its quant_type is "nf4".
+    """
+    with damped(output_error.square) as moments:
+        result, scales = _search(output_error, moments, config)
     baseline = quantize_tensor(
         weight,
         block_size=config.block_size,
@@ -78,6 +77,7 @@ def calibrate_weight(
         quant_storage=config.torch_quant_storage,
     )
     calibrated = _pack(result, scales, weight, config)
+    del result
     before, after = (
         output_error.of(dequantize_tensor(*stored, torch.float32)) for stored in (baseline, calibrated)
     )
@@ -86,37 +86,40 @@ def calibrate_weight(
     return CalibratedWeight(*baseline, before, before, False)
 
 
-def _times_inverse(a: Tensor, moments: Tensor) -> Tensor:
-    """A H^-1 of float32 A [n, k] and a damped H [k, k], computed in float64."""
-    lower = torch.linalg.cholesky(moments.double())
-    return torch.cholesky_solve(a.T.double(), lower).T.float()
+def _search(output_error: OutputError, moments: Tensor, config: QuantConfig) -> tuple[Tensor, Scales]:
+    """float32 [n, k] representable values near the best weight for damped moments, and the scales that represent them.
 
-
-def _search(weight: Tensor, moments: Tensor, config: QuantConfig) -> tuple[Tensor, Scales]:
-    """float32 [n, k] representable values near `weight` for damped moments, and the scales that represent them."""
-    rows, cols = weight.shape
-    rounder = Rounder(weight.device)
+    Matrices are let go as soon as they have served: of a wide weight, those of [k, k] are most of the memory.
+    """
+    rows, cols = output_error.weight.shape
+    device = output_error.weight.device
+    rounder = Rounder(device)
     order = moments.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(moments[order][:, order])
+    factor = inverse_factor(moments, order)
+    target = output_error.weight + times_inverse(output_error.crossed, factor, order)
     # What an error of column j costs after all later columns have made up for it as well as they can.
     importance = torch.empty_like(moments[0])
     importance[order] = factor.diagonal().square().reciprocal()
-    blocks = in_blocks(weight, config.block_size)
+    blocks = in_blocks(target, config.block_size)
     of_blocks = in_blocks(importance.expand(rows, cols), config.block_size)
     scales = Scales(free_scales(rounder, blocks, of_blocks), double_quant=config.double_quant)
     scales.take_best(rounder, blocks, of_blocks)
-    of_weights = scales.values().repeat_interleave(config.block_size)[: weight.numel()].view(rows, cols)
-    of_weights = of_weights.T.contiguous()
-    transposed = weight.T.contiguous()
-    ordered = round_with_feedback(rounder, transposed[order], factor, of_weights[order])
-    result = torch.empty_like(ordered)
-    result[order] = ordered
-    refinement = Refinement(rounder, transposed, moments, result, of_weights)
+    del blocks, of_blocks
+    transposed = target.T.contiguous()
+    del target
+    of_weights = (
+        scales.values().repeat_interleave(config.block_size)[: rows * cols].view(rows, cols).T.contiguous()
+    )
+    result = torch.empty_like(transposed)
+    result[order] = round_with_feedback(transposed[order], factor, of_weights[order])
+    del factor
+    refinement = Refinement(transposed, moments, result, of_weights)
+    del transposed
     for turn in range(_ROUNDS):
         refinement.improve_codes()
         if turn + 1 < _ROUNDS and cols % config.block_size == 0:
-            refinement.improve_scales(scales, config.block_size)
-    return refinement.result.T.contiguous(), scales
+            refinement.improve_scales(rounder, scales, config.block_size)
+    return result.T.contiguous(), scales
 
 
 def _pack(result: Tensor, scales: Scales, weight: Tensor, config: QuantConfig) -> tuple[Tensor, QuantState]:
