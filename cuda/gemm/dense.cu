@@ -85,7 +85,10 @@ struct Chunks {
 // 684 and 745: 4 multiprocessors decode 15 values a clock each, a product of 2048 columns waits for them. With a
 // low-rank term they decode 6.
 int num_decoders(const Gemm& problem, const Device& device, bool is_in_weight) {
-  const bool is_possible = device.major == 9 && problem.dtype != QLORA_FLOAT32 && cublas_shares_device();
+  // What few multiprocessors decode fast.
+  const bool is_fast =
+      problem.dtype != QLORA_FLOAT32 && problem.weight.cols % 64 == 0 && problem.weight.block_size >= 64;
+  const bool is_possible = device.major == 9 && is_fast && cublas_shares_device();
   if (!is_possible) return 0;
   const int otherwise = problem.m >= (is_in_weight ? kMinRowsAheadMerged : kMinRowsAhead) ? kDecoders : 0;
   return static_cast<int>(environment_number("QLORA_DENSE_DECODERS", 0, otherwise));
