@@ -95,7 +95,8 @@ class Group:
             self.is_off, self.pending = True, None
             return None
         rest = (*parts[:index], None, *parts[index + 1 :])
-        self.num_foreign = 0
+        if not torch.compiler.is_compiling():  # which would write it at every call
+            self.num_foreign = 0
         self.pending = (context, kept_x, version, num_left - 1, rest) if num_left > 1 else None
         result: Tensor = part[-1]
         return result

@@ -109,7 +109,8 @@ class Linear4bit(Module4bit, torch.nn.Linear):  # type: ignore[misc]  # weight i
 
     def _operands(self, input: Tensor, dtype: torch.dtype) -> tuple[Tensor, QuantState, Tensor | None]:
         """Input and bias in `dtype`, and the weight's state."""
-        state = self.quant_state
+        # Not self.quant_state, which says the same: torch.compile would look into the property at every call.
+        state: QuantState | None = getattr(self.weight, "quant_state", None)
         if state is None:
             state = self.quantized_state()
         if input.shape[-1] != self.in_features:

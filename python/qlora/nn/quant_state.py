@@ -24,6 +24,8 @@ _PACKED_PREFIX = "bitsandbytes__"
 TENSOR_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 STATE_KEYS = (*TENSOR_KEYS, *(f"quant_state.{_PACKED_PREFIX}{name}" for name in QUANT_TYPES))
 
+_FIELDS = ("absmax", "shape", "code", "dtype", "blocksize", "quant_type", "offset", "state2", "nested")
+
 _code_of_device: dict[tuple[str, torch.device], Tensor] = {}
 
 
@@ -42,7 +44,7 @@ def code_tensor(quant_type: str, device: torch.device) -> Tensor:
     return code
 
 
-class QuantState:
+class QuantState(torch.nn.Module):
     """Scales and shape of a 4-bit tensor.
 
     Attributes:
@@ -55,7 +57,15 @@ class QuantState:
         offset: float32 [], the mean that was taken off the scales, or None.
         state2: QuantState of the scales (absmax float32 [ceil(num_blocks / 256)]), or None.
         nested: whether the scales are double-quantised.
+
+    A torch.nn.Module without parameters or children, since torch.compile (where it watches dictionaries: torch 2.11 on
+    Python 3.12) looks into an nn.Module again only after it was written to, but into any other object at every call: a
+    compiled model of 32 layers has 448 states. What a compiled layer reads of it is therefore a tensor, a number, a text
+    or another state; a tuple is looked into every time.
     """
+
+    __setattr__ = object.__setattr__  # no attribute is a parameter or a child
+    __delattr__ = object.__delattr__
 
     valid_quant_types = QUANT_TYPES
     valid_qs_type_keys = tuple(f"{_PACKED_PREFIX}{name}" for name in QUANT_TYPES)
@@ -76,6 +86,7 @@ class QuantState:
         offset: Tensor | None = None,
         state2: QuantState | None = None,
     ) -> None:
+        super().__init__()
         self.absmax = absmax
         self.shape = shape
         self.code = code
@@ -96,6 +107,21 @@ class QuantState:
                 return packed[f"quant_state.{name}"]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    @property
+    def shape(self) -> torch.Size | tuple[int, ...] | None:
+        return self._shape
+
+    @shape.setter
+    def shape(self, shape: torch.Size | tuple[int, ...] | None) -> None:
+        self._shape = shape
+        self._num_rows, self._num_columns = (None, None) if shape is None or len(shape) != 2 else shape
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """The shape of a matrix, read in a way that torch.compile need not repeat at every call."""
+        if self._num_rows is None or self._num_columns is None:
+            raise RuntimeError(f"expected the state of a matrix, got one of shape {self._shape}")
+        return self._num_rows, self._num_columns
+
     def __getitem__(self, index: Any) -> Any:
         nested = [self.offset, self.state2] if self.nested else None
         return [self.absmax, self.shape, self.dtype, self.blocksize, nested, self.quant_type][index]
@@ -103,7 +129,7 @@ class QuantState:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, QuantState):
             return NotImplemented
-        return all(_same(getattr(self, name), getattr(other, name)) for name in self.__dict__)
+        return all(_same(getattr(self, name), getattr(other, name)) for name in _FIELDS)
 
     __hash__ = object.__hash__
 
