@@ -143,3 +143,11 @@ def test_the_state_is_looked_into_only_after_it_was_written_to(monkeypatch: pyte
     lines = [line for line in str(managers[-1]).splitlines() if "GuardManager: source=" in line]
     (state,) = [line for line in lines if "quant_state, accessed_by" in line]
     assert "tag_safe=(True, True)" in state
+
+
+def test_a_state_becomes_no_child_of_a_module() -> None:
+    other = torch.nn.Module()
+    weight = Params4bit(randn(*SHAPE, seed=0), quant_type="nf4", module=other).to("cpu")
+    assert other.quant_state is weight.quant_state
+    assert not list(other.children())
+    assert not list(make().children())

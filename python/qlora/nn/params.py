@@ -142,7 +142,7 @@ class Params4bit(torch.nn.Parameter):
             bnb_quantized=True,
         )
         if module is not None:
-            module.quant_state = state  # type: ignore[assignment]
+            _give_state(module, state)
         return param
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -182,7 +182,7 @@ class Params4bit(torch.nn.Parameter):
         self.quant_storage = packed.dtype
         self.bnb_quantized = True
         if self.module is not None:
-            self.module.quant_state = state  # type: ignore[assignment]
+            _give_state(self.module, state)
 
     def to(self, *args: Any, **kwargs: Any) -> Params4bit:
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
@@ -340,6 +340,14 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     kind = input.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
     return function.linear(input.to(dtype), weight, state, None if bias is None else bias.to(dtype))
+
+
+def _give_state(module: torch.nn.Module, state: QuantState) -> None:
+    """Sets the attribute `quant_state`, of a module that is not ours too as an attribute and not as a child."""
+    if hasattr(type(module), "quant_state"):
+        module.quant_state = state
+    else:
+        object.__setattr__(module, "quant_state", state)
 
 
 def plain_tensor(param: Tensor) -> Tensor:

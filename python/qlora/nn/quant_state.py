@@ -64,7 +64,8 @@ class QuantState(torch.nn.Module):
     or another state; a tuple is looked into every time.
     """
 
-    __setattr__ = object.__setattr__  # no attribute is a parameter or a child
+    # No attribute is a parameter or a child.
+    __setattr__ = object.__setattr__  # type: ignore[assignment]
     __delattr__ = object.__delattr__
 
     valid_quant_types = QUANT_TYPES
@@ -114,7 +115,9 @@ class QuantState(torch.nn.Module):
     @shape.setter
     def shape(self, shape: torch.Size | tuple[int, ...] | None) -> None:
         self._shape = shape
-        self._num_rows, self._num_columns = (None, None) if shape is None or len(shape) != 2 else shape
+        is_matrix = shape is not None and len(shape) == 2
+        self._num_rows: int | None = shape[0] if shape is not None and is_matrix else None
+        self._num_columns: int | None = shape[1] if shape is not None and is_matrix else None
 
     def matrix_shape(self) -> tuple[int, int]:
         """The shape of a matrix, read in a way that torch.compile need not repeat at every call."""
@@ -144,7 +147,9 @@ class QuantState(torch.nn.Module):
     def device(self) -> torch.device:
         return self.absmax.device
 
-    def to(self, device: torch.device | str | int | None, non_blocking: bool = False) -> QuantState:
+    def to(  # type: ignore[override]
+        self, device: torch.device | str | int | None, non_blocking: bool = False
+    ) -> QuantState:
         """Moves the tensors in place; their dtypes never change. Returns self."""
         if device is None:
             return self
