@@ -176,6 +176,27 @@ def test_any_other_checkpointing_function_is_called_around_the_layer():
     assert_close(got, expected, 1e-5)
 
 
+def test_layers_prepared_again_in_any_order_are_one_graph():
+    model = make_model()
+    expected = loss_and_gradients(model)
+    for checkpointing, budget in (
+        ("offload", None),
+        (True, "1GB"),
+        (True, None),
+        (False, None),
+        ("offload", "1GB"),
+    ):
+        qlora.prepare(model, checkpointing, memory_budget=budget)
+        compile_layers(model, backend="aot_eager")
+        with counted_graphs() as graphs:
+            got = [loss_and_gradients(model) for _ in range(3)]
+        assert graphs[0] <= 2 and compiled_layers(
+            model
+        )  # those within a budget keep what others compute again
+        for each in got:
+            assert_close(each, expected, 1e-5)
+
+
 def test_evaluation_and_generation_run_as_before():
     model = make_model()
     ids = tokens(2, 8)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .nn.linear import Linear4bit
 
-__all__ = ["TILE", "LeanMlps"]
+__all__ = ["TILE", "LeanMlps", "give_back"]
 
 TILE = 4096  # tokens; a guess: products over fewer rows are slower, more rows take more memory
 
@@ -75,9 +75,22 @@ class LeanMlps:
         return _Run(self, function) if self.is_useful else function
 
 
+def give_back(model: nn.Module) -> None:
+    """The parts of a model that were taken have their own `forward` again.
+
+    torch.compile would compile a layer with a `forward` of its own apart from all others.
+    """
+    for module in model.modules():
+        if _is_taken(module):
+            del module.forward
+
+
+def _is_taken(module: nn.Module) -> bool:
+    return getattr(vars(module).get("forward"), "func", None) is _forward
+
+
 def _is_gated(module: nn.Module) -> bool:
-    replaced = vars(module).get("forward")
-    if replaced is not None and getattr(replaced, "func", None) is not _forward:
+    if "forward" in vars(module) and not _is_taken(module):
         return False
     names = {name for name, child in module.named_children() if next(child.parameters(), None) is not None}
     return names == _PARTS and not any(True for _ in module.parameters(recurse=False))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from . import compile_passes
+from . import compile_passes, lean_mlp
 from .nn.module import has_hooks
 
 __all__ = ["compile_layers", "compiled_layers", "uncompile_layers"]
@@ -63,6 +63,7 @@ def compile_layers(
         raise ValueError(
             f"qlora.prepare: compile: expected a model with a list of equal layers, got {type(model).__name__}"
         )
+    lean_mlp.give_back(model)  # compiled layers compute again what is read of them, and no more, without
     regions = {cls: Region(cls, dynamic, backend) for cls in {type(layer) for layer in layers}}
     for layer in layers:
         layer.__class__ = regions[type(layer)].compiled_class

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import lora_ops
 from .._checks import FLOATS
-from .quant_state import QuantState, scale_operands
+from .quant_state import QuantState, matrix_shape, scale_operands
 
 _linear_4bit = torch.ops.qlora.linear_4bit.default
 _linear_4bit_group = torch.ops.qlora.linear_4bit_group.default
@@ -62,7 +62,7 @@ def group_linear(x: Tensor, operands: list[tuple[Tensor, QuantState, Tensor | No
             *nested,
             [bias for _, _, bias in operands if bias is not None],
             [i for i, operand in enumerate(operands) if operand[2] is not None],
-            [state.matrix_shape()[0] for _, state, _ in operands],
+            [matrix_shape(state)[0] for _, state, _ in operands],
             first.blocksize,
             first.quant_type,
         )
@@ -129,7 +129,7 @@ def _no_autocast_from(x: Tensor) -> AbstractContextManager[Any]:
 def _forward(x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
         result: Tensor = _linear_4bit(
-            x, weight, *scale_operands(state), bias, state.matrix_shape(), state.blocksize, state.quant_type
+            x, weight, *scale_operands(state), bias, matrix_shape(state), state.blocksize, state.quant_type
         )
     return result
 
@@ -145,7 +145,7 @@ def _lora_forward(
     adapter_input: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The result and `left`."""
-    form = (state.matrix_shape(), state.blocksize, state.quant_type)
+    form = (matrix_shape(state), state.blocksize, state.quant_type)
     with torch._C.DisableTorchFunctionSubclass():
         result, left = _lora_linear_4bit(
             x, weight, *scale_operands(state), bias, a, b, scaling, adapter_input, *form

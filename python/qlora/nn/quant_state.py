@@ -116,14 +116,8 @@ class QuantState(torch.nn.Module):
     def shape(self, shape: torch.Size | tuple[int, ...] | None) -> None:
         self._shape = shape
         is_matrix = shape is not None and len(shape) == 2
-        self._num_rows: int | None = shape[0] if shape is not None and is_matrix else None
-        self._num_columns: int | None = shape[1] if shape is not None and is_matrix else None
-
-    def matrix_shape(self) -> tuple[int, int]:
-        """The shape of a matrix, read in a way that torch.compile need not repeat at every call."""
-        if self._num_rows is None or self._num_columns is None:
-            raise RuntimeError(f"expected the state of a matrix, got one of shape {self._shape}")
-        return self._num_rows, self._num_columns
+        self.num_rows: int | None = shape[0] if shape is not None and is_matrix else None
+        self.num_columns: int | None = shape[1] if shape is not None and is_matrix else None
 
     def __getitem__(self, index: Any) -> Any:
         nested = [self.offset, self.state2] if self.nested else None
@@ -300,6 +294,19 @@ def scale_operands(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | N
     if nested is None:
         return state.absmax, None, None, None
     return state.absmax, nested.absmax, nested.code, state.offset
+
+
+def matrix_shape(state: QuantState) -> tuple[int, int]:
+    """Rows and columns, read in a way that torch.compile need not repeat at every call.
+
+    Also of a QuantState of bitsandbytes.
+    """
+    if not isinstance(state, QuantState):
+        rows, columns = state.shape
+        return rows, columns
+    if state.num_rows is None or state.num_columns is None:
+        raise RuntimeError(f"expected the state of a matrix, got one of shape {state.shape}")
+    return state.num_rows, state.num_columns
 
 
 def _same(a: Any, b: Any) -> bool:
