@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,11 +11,11 @@ import torch
 pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from lora_models import fill_adapters, tiny_model, tokens  # noqa: E402
+from lora_models import fill_adapters, tiny_model, tokens
 
-import qlora  # noqa: E402
-from assertions import assert_bitwise_equal  # noqa: E402
-from qlora.nn import Linear4bit  # noqa: E402
+import qlora
+from assertions import assert_bitwise_equal
+from qlora.nn import Linear4bit
 
 Change = Callable[[Any], object]
 
