@@ -165,7 +165,7 @@ class QuantState(torch.nn.Module):
             self.state2.to(device, non_blocking)
         return self
 
-    def cuda(self, device: torch.device | int | None = None) -> QuantState:  # type: ignore[override]
+    def cuda(self, device: torch.device | int | None = None) -> QuantState:
         return self.to("cuda" if device is None else device)
 
     def cpu(self) -> QuantState:
