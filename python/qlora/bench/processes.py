@@ -17,6 +17,22 @@ from typing import IO, Any
 
 Cases = list[dict[str, Any]]
 
+# What libraries print need not be of the terminal's encoding.
+_TEXT: dict[str, Any] = {"text": True, "encoding": "utf-8", "errors": "replace"}
+
+
+def _error_file() -> Any:
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    """What a process says; None of what only looks like it."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return None
+    return said if isinstance(said, dict) else None
+
 
 def say(state: str) -> None:
     """In a process that runs in turn: what it has done."""
@@ -29,32 +45,42 @@ def wait_for_turn() -> None:
         sys.exit("nobody waits for the figures")
 
 
-def run_one_by_one(commands: Iterable[tuple[str, list[str]]]) -> Iterator[Cases]:
-    """The cases of each command line as they are done; a failure is printed under the title beside it."""
+def run_one_by_one(commands: Iterable[tuple[str, list[str]]], failed: list[str]) -> Iterator[Cases]:
+    """The cases of each command line as they are done; a failure is printed under the title beside it, which goes to
+    `failed`."""
     for title, command in commands:
-        yield from _run(title, command)
+        yield from _run(title, command, failed)
 
 
-def _run(title: str, command: list[str]) -> Iterator[Cases]:
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+def _run(title: str, command: list[str], failed: list[str]) -> Iterator[Cases]:
+    with _error_file() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, **_TEXT)
         assert process.stdout is not None
         shown = 0
-        for line in process.stdout:
-            if not line.startswith("{"):
-                continue
-            common = json.loads(line)
-            cases = common.pop("cases")
-            is_partial = common.pop("partial", False)
-            cases = cases if is_partial else cases[shown:]
-            shown += len(cases)
-            if cases:
-                yield [{**common, **case} for case in cases]
-        if process.wait() != 0:
+        try:
+            for line in process.stdout:
+                common = _read(line)
+                if common is None or "cases" not in common:
+                    continue
+                cases = common.pop("cases")
+                is_partial = common.pop("partial", False)
+                cases = cases if is_partial else cases[shown:]
+                shown += len(cases)
+                if cases:
+                    yield [{**common, **case} for case in cases]
+            code = process.wait()
+        except BaseException:  # whoever wanted the figures is gone; the GPU is not to be kept
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            process.stdout.close()
+        if code != 0:
+            failed.append(title)
             _print_failure(title, errors)
 
 
-def run_at_once(commands: Iterable[tuple[str, list[str]]]) -> Iterator[Cases]:
+def run_at_once(commands: Iterable[tuple[str, list[str]]], failed: list[str]) -> Iterator[Cases]:
     """The same of processes in turn. They load one after another, as loading takes more memory than the model does; warm up
     together; and are timed one by one."""
     with contextlib.ExitStack() as stack:
@@ -70,6 +96,8 @@ def run_at_once(commands: Iterable[tuple[str, list[str]]]) -> Iterator[Cases]:
             process.go()
             cases = process.read()
             process.wait()
+            if process.has_failed:
+                failed.append(process.title)
             if cases:
                 yield cases
 
@@ -78,16 +106,16 @@ class _InTurn:
     """A process that goes on at a line on its standard input."""
 
     def __init__(self, title: str, command: list[str]) -> None:
-        self._title = title
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by close
+        self.title = title
+        self._errors = _error_file()  # closed by close
         self._process = subprocess.Popen(
             [*command, "--in-turn"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            text=True,
+            **_TEXT,
         )
-        self._has_failed = False
+        self.has_failed = False
 
     def close(self) -> None:
         self._process.kill()
@@ -102,22 +130,28 @@ class _InTurn:
             self._process.stdin.flush()
 
     def read(self, state: str | None = None) -> Cases:
-        """Waits until the process says that it is in the state, or for its cases. [] if it fails, which is printed once."""
+        """Waits until the process says that it is in the state, or for its cases. If it fails, which is printed once, those
+        that were done."""
         assert self._process.stdout is not None
+        done: Cases = []
         for line in self._process.stdout:
-            if not line.startswith("{"):
+            common = _read(line)
+            if common is None:
                 continue
-            common = json.loads(line)
             if state is not None and common.get("state") == state:
                 return []
-            if state is None and "cases" in common and "partial" not in common:
+            if state is None and "cases" in common:
                 cases = common.pop("cases")
-                return [{**common, **case} for case in cases]
-        if not self._has_failed:
-            self._has_failed = True
+                is_partial = common.pop("partial", False)
+                cases = [{**common, **case} for case in cases]
+                if not is_partial:
+                    return cases
+                done += cases
+        if not self.has_failed:
+            self.has_failed = True
             self._process.wait()
-            _print_failure(self._title, self._errors)
-        return []
+            _print_failure(self.title, self._errors)
+        return done
 
     def wait(self) -> None:
         """For a process that has said all, so that it does not disturb the next one."""

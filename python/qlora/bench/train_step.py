@@ -7,6 +7,8 @@ MODEL_DIR all but Unsloth take random weights of Llama-3-8B's shape, made on the
 
 A case is batch x length; with qlora it may say how memory is saved: `4x2048+offload` (checkpoints in host memory),
 `4x2048+24GB` (a memory budget) or `4x2048+none` (no checkpointing). Layers are compiled anew for each.
+`--memory-limit 24GiB` leaves torch as much of the GPU as it would have on such a card; a case that runs out of memory is
+said to do so, and the next one follows.
 `--in-turn` is for several stacks on one GPU that compile together and are timed in turn (processes.py).
 """
 
@@ -28,7 +30,7 @@ TARGETS = {
 }
 COMPILERS = ("qlora", "unsloth")
 """Stacks whose first step takes long."""
-WARM_UP = 3
+WARM_UP = 3  # or as many as are timed, if these are fewer
 BUDGET_WARM_UP = 6  # the plan of a memory budget stands by then
 
 
@@ -185,7 +187,7 @@ def time_case(model: Any, case: Case, steps: int, *, profile: bool = False) -> d
     import torch
 
     step = make_step(model, case.batch, case.length)
-    warm_up = BUDGET_WARM_UP if case.has_budget else WARM_UP
+    warm_up = BUDGET_WARM_UP if case.has_budget else min(WARM_UP, steps)
     is_gpu = model.device.type == "cuda"
     if is_gpu:
         torch.cuda.empty_cache()
@@ -237,6 +239,49 @@ def compile_case(model: Any, case: Case) -> float:
     return round(times[0], 1)
 
 
+def limit_memory(model: Any, num_bytes: int) -> None:
+    """From here on torch has as much memory as on a GPU of num_bytes, of which the CUDA context and libraries take theirs.
+
+    Raises:
+        ValueError: the model alone takes more, or the GPU has less.
+    """
+    import torch
+
+    # A step, after which libraries and kernels are loaded and AdamW's state is as large as it gets.
+    float(make_step(model, 1, 256)())
+    _give_memory_back()
+    free, total = torch.cuda.mem_get_info()
+    room = num_bytes - (total - free - torch.cuda.memory_reserved())
+    taken = torch.cuda.memory_reserved()
+    if room <= taken or num_bytes > total:
+        what = f"between what the model takes, {(num_bytes - room + taken) / 1e9:.1f} GB, and {total / 1e9:.1f} GB"
+        raise ValueError(f"--memory-limit: expected a size {what}, got {num_bytes / 1e9:.1f} GB")
+    torch.cuda.set_per_process_memory_fraction(room / total)
+
+
+def _give_memory_back() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def try_case(model: Any, case: Case, steps: int, *, profile: bool = False) -> dict[str, Any]:
+    """`time_case`, or that the case ran out of memory."""
+    import torch
+
+    try:
+        return time_case(model, case, steps, profile=profile)
+    except torch.OutOfMemoryError:
+        pass  # the error, which holds the step's tensors, is gone when memory is given back
+    model.zero_grad(set_to_none=True)
+    _give_memory_back()
+    return {"case": str(case), "error": "out of memory"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stack", choices=STACKS)
@@ -246,6 +291,7 @@ def main() -> None:
     parser.add_argument("--targets", choices=sorted(TARGETS), default="all")
     parser.add_argument("--cases", default="1x2048,4x2048", help="comma-separated, as above")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--memory-limit", help="of the GPU that is played, such as 24GiB")
     parser.add_argument(
         "--profile", action="store_true", help="also the device time of a step by kind of kernel"
     )
@@ -271,6 +317,12 @@ def main() -> None:
         stack, arguments.model, arguments.rank, targets, result, num_layers=arguments.layers
     )
     model.train()
+    if arguments.memory_limit is not None:
+        from qlora.memory_budget import parse_bytes
+
+        limit = parse_bytes(arguments.memory_limit)
+        limit_memory(model, limit)
+        result["limit_gb"] = round(limit / 1e9, 2)
     first_s = {}
     if arguments.in_turn:
         processes.say("loaded")
@@ -284,7 +336,7 @@ def main() -> None:
     for case in cases:
         if case not in first_s:
             save_memory(model, stack, case)
-        figures = time_case(model, case, arguments.steps, profile=arguments.profile)
+        figures = try_case(model, case, arguments.steps, profile=arguments.profile)
         if case in first_s:
             figures["first_s"] = first_s[case]
         print(json.dumps(result | {"cases": [figures], "partial": True}), flush=True)

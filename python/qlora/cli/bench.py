@@ -1,9 +1,10 @@
-"""`qlora bench`: kernels, a training step and generation beside cuBLAS and bitsandbytes, as a table and as JSON."""
+"""`qlora bench`: kernels, a training step, generation and calibration beside their peers, as a table and as JSON."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import platform
 import sys
 import tempfile
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 NAME = "bench"
-HELP = "measure kernels, a training step or generation beside cuBLAS and bitsandbytes (GPU only)"
+HELP = "measure kernels, a training step, generation or calibration beside their peers (GPU only)"
 KERNELS = ("quantize", "dequantize", "gemm", "lora")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=(*KERNELS, "train", "generate"), help="what to measure")
+    parser.add_argument("what", choices=(*KERNELS, "train", "generate", "calibrate"), help="what to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument(
         "--rows",
@@ -52,7 +53,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile", action="store_true", help="train: also where the device time of a step goes"
     )
     parser.add_argument(
-        "--layers", type=int, default=32, help="train, generate: of the random weights (default: %(default)s)"
+        "--layers",
+        type=int,
+        default=32,
+        help="train, generate, calibrate: of the random weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=32768, help="calibrate: of the text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=10,
+        help="train: timed, after 3 that warm up or as many as are timed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="train: leaves torch what it would have of a GPU of this size, such as 24GiB, once the model is there; a case "
+        "that does not fit is said to run out of memory",
     )
     parser.add_argument(
         "--at-once",
@@ -64,19 +83,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
+    problem = _problem(arguments)
+    if problem is not None:
+        print(f"qlora bench: {problem}", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print("qlora bench: expected a CUDA GPU, found none", file=sys.stderr)
         return 1
     result: dict[str, Any] = environment()
+    is_complete = True
     if arguments.what == "train":
-        _bench_train(arguments, result)
+        is_complete = _bench_train(arguments, result)
     elif arguments.what == "generate":
-        _bench_generate(arguments, result)
+        is_complete = _bench_generate(arguments, result)
+    elif arguments.what == "calibrate":
+        is_complete = _bench_calibrate(arguments, result)
     else:
         result["figures"] = _bench_kernels(arguments, result)
         _write(arguments, result)
     print(f"{result['gpu']}, {result['versions']}, {result['date']}")
-    return 0
+    return 0 if is_complete else 1
+
+
+def _problem(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments, before minutes are spent."""
+    from qlora.bench.train_step import Case
+    from qlora.memory_budget import parse_bytes
+
+    if arguments.at_once and arguments.what != "generate":
+        return f"--at-once: expected with generate, got {arguments.what}"
+    if arguments.memory_limit is not None and arguments.what != "train":
+        return f"--memory-limit: expected with train, got {arguments.what}"
+    if arguments.steps < 1 or arguments.tokens < 1 or arguments.layers < 1:
+        return "--steps, --tokens, --layers: expected at least 1, got less"
+    try:
+        if arguments.memory_limit is not None:
+            parse_bytes(arguments.memory_limit)
+        if arguments.what == "train" and arguments.cases is not None:
+            for text in arguments.cases.split(","):
+                Case.parse(text)
+    except ValueError as error:
+        return str(error).replace("memory_budget:", "--memory-limit:")
+    return None
 
 
 def _write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -133,21 +181,32 @@ def _bench_kernels(arguments: argparse.Namespace, result: dict[str, Any]) -> lis
     return figures
 
 
-def _bench_train(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+def _bench_train(arguments: argparse.Namespace, result: dict[str, Any]) -> bool:
     options = ["--cases", arguments.cases or "1x2048,4x2048"]
     options += ["--targets", arguments.targets, "--rank", str(arguments.rank)]
     options += ["--layers", str(arguments.layers)]
+    options += ["--steps", str(arguments.steps)]
     options += ["--profile"] if arguments.profile else []
-    _bench_stacks("train_step", arguments, options, result)
+    if arguments.memory_limit is not None:
+        options += ["--memory-limit", arguments.memory_limit]
+        # Or the longest case would be one that memory is too much in pieces for, not one that it is too small for.
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # the newer name and the older one
+            os.environ.setdefault(name, "expandable_segments:True")
+    return _bench_stacks("train_step", arguments, options, result)
 
 
-def _bench_generate(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+def _bench_calibrate(arguments: argparse.Namespace, result: dict[str, Any]) -> bool:
+    options = ["--layers", str(arguments.layers), "--tokens", str(arguments.tokens)]
+    command = [sys.executable, "-m", "qlora.bench.calibration", *options]
+    return _bench_commands([("qlora bench calibrate", command)], arguments, result)
+
+
+def _bench_generate(arguments: argparse.Namespace, result: dict[str, Any]) -> bool:
     options = ["--layers", str(arguments.layers), "--batches"]
     batches = arguments.cases or "1,16"
     if arguments.at_once:
-        _bench_stacks("generation", arguments, options, result, batches.split(","))
-    else:
-        _bench_stacks("generation", arguments, [*options, batches], result)
+        return _bench_stacks("generation", arguments, options, result, batches.split(","))
+    return _bench_stacks("generation", arguments, [*options, batches], result)
 
 
 def _bench_stacks(
@@ -156,19 +215,13 @@ def _bench_stacks(
     options: list[str],
     result: dict[str, Any],
     at_once: list[str] | None = None,
-) -> None:
+) -> bool:
     """Runs `qlora.bench.<module>` for each stack in a process of its own, over one checkpoint.
 
-    A stack's cases are printed and written with those before them as they are done, so that a run that is cut off has
-    shown what it has measured; in the end comes a table of all. With at_once there is a process for each of these last
-    options too, and all are there at a time.
+    With at_once there is a process for each of these last options too, and all are there at a time.
     """
-    from qlora.bench import processes
     from qlora.bench.llama import make_llama3_8b
 
-    figures: list[dict[str, Any]] = []
-    result["figures"] = figures
-    stacks = arguments.stacks.split(",")
     with tempfile.TemporaryDirectory() as scratch:
         model = [] if arguments.model is None else [str(arguments.model)]
         if not model and not arguments.no_checkpoint:
@@ -178,18 +231,39 @@ def _bench_stacks(
         start = [sys.executable, "-m", f"qlora.bench.{module}"]
         commands = [
             (f"qlora bench {arguments.what}: {stack}", [*start, stack, *model, *options, *last])
-            for stack in stacks
+            for stack in arguments.stacks.split(",")
             for last in ([[option] for option in at_once] if at_once else [[]])
         ]
-        run = processes.run_at_once if at_once else processes.run_one_by_one
-        for cases in run(commands):
-            figures += cases
-            _print_table([_without_profile(case) for case in cases])
-            _print_profiles(cases)
-            _write(arguments, result)
+        return _bench_commands(commands, arguments, result, is_at_once=at_once is not None)
+
+
+def _bench_commands(
+    commands: list[tuple[str, list[str]]],
+    arguments: argparse.Namespace,
+    result: dict[str, Any],
+    *,
+    is_at_once: bool = False,
+) -> bool:
+    """The figures of all command lines; whether none of them failed.
+
+    Cases are printed and written with those before them as they are done, so that a run that is cut off has shown what it
+    has measured; in the end comes a table of all.
+    """
+    from qlora.bench import processes
+
+    figures: list[dict[str, Any]] = []
+    result["figures"] = figures
+    failed: list[str] = []
+    run = processes.run_at_once if is_at_once else processes.run_one_by_one
+    for cases in run(commands, failed):
+        figures += cases
+        _print_table([_without_profile(case) for case in cases])
+        _print_profiles(cases)
+        _write(arguments, result)
     _write(arguments, result)
     if len(commands) > 1 or len(figures) > 1:
         _print_table([_without_profile(figure) for figure in figures])
+    return not failed
 
 
 _PROFILE = ("device_ms", "busy_ms", "idle_share", "kernels")
