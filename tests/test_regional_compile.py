@@ -197,6 +197,18 @@ def test_layers_prepared_again_in_any_order_are_one_graph():
             assert_close(each, expected, 1e-5)
 
 
+def test_layers_that_are_compiled_already_keep_their_one_graph_when_prepared_again():
+    model = make_model()
+    compile_layers(model, backend="aot_eager")
+    expected = loss_and_gradients(model)
+    qlora.prepare(model, "offload", memory_budget="1GB")
+    with counted_graphs() as graphs:
+        got = [loss_and_gradients(model) for _ in range(2)]
+    assert graphs[0] <= 2 and compiled_layers(model)
+    for each in got:
+        assert_close(each, expected, 1e-5)
+
+
 def test_evaluation_and_generation_run_as_before():
     model = make_model()
     ids = tokens(2, 8)

@@ -63,9 +63,11 @@ class LeanMlps:
     def take(self, layers: list[nn.Module]) -> None:
         """Those among the layers' parts that have gate_proj, up_proj, down_proj and an activation, and no more.
 
-        Not those whose `forward` somebody has replaced.
+        Not those whose `forward` somebody has replaced, nor those of compiled layers (`give_back`).
         """
         for layer in layers:
+            if hasattr(type(layer), "_qlora_region"):
+                continue
             for part in layer.children():
                 if _is_gated(part):
                     part.forward = partial(_forward, part)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._dynamo.guards import CheckFunctionManager
 
 from assertions import assert_bitwise_equal
-from qlora.nn import Linear4bit, Params4bit
+from qlora.nn import Linear4bit, Params4bit, function
+from qlora.nn.tensor import quantize_tensor
 
 SHAPE = (64, 128)
 
@@ -151,3 +152,14 @@ def test_a_state_becomes_no_child_of_a_module() -> None:
     assert other.quant_state is weight.quant_state
     assert not list(other.children())
     assert not list(make().children())
+
+
+def test_a_weight_may_be_quantised_and_used_within_one_graph() -> None:
+    def run(values: Tensor, x: Tensor) -> Tensor:
+        packed, state = quantize_tensor(values, block_size=64, quant_type="nf4", double_quant=True)
+        return function.linear(x, packed, state, None)
+
+    values, x = randn(*SHAPE, seed=0), randn(3, SHAPE[1], seed=9)
+    with torch.no_grad():
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        assert_bitwise_equal(compiled(values, x), run(values, x))

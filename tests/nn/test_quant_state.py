@@ -112,6 +112,31 @@ def test_attributes_by_dotted_name_and_index_answer_as_bitsandbytes_do() -> None
     assert state[5] == "nf4"
 
 
+def test_a_pickle_from_before_states_were_modules_is_read() -> None:
+    state = make_state()
+    old = copy.deepcopy(state)
+    own = vars(torch.nn.Module()).keys() | {"_shape", "num_rows", "num_columns"}
+    attributes = {name: value for name, value in vars(old).items() if name not in own}
+    old.__dict__.clear()
+    old.__setstate__({**attributes, "shape": state.shape})
+    assert old == state and old.shape == state.shape and (old.num_rows, old.num_columns) == (96, 200)
+    assert not list(old.children()) and pickle.loads(pickle.dumps(old)) == state
+
+
+def test_rows_and_columns_follow_the_shape() -> None:
+    state = make_state()
+    state.shape = torch.Size((200, 96))
+    assert (state.num_rows, state.num_columns) == (200, 96)
+    state.shape = (19200,)
+    assert (state.num_rows, state.num_columns) == (None, None)
+
+
+def test_what_modules_do_to_their_tensors_leaves_a_state_as_it_is() -> None:
+    state, before = make_state(), make_state()
+    assert state.half().float().cpu().eval().requires_grad_(False) == before
+    assert state.cpu().absmax.dtype is torch.uint8 and not state.state_dict()
+
+
 def test_copies_are_equal_and_independent() -> None:
     state = make_state()
     for other in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):

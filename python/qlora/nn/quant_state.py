@@ -89,7 +89,7 @@ class QuantState(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.absmax = absmax
-        self.shape = shape
+        self._set_shape(shape)  # torch.compile (torch 2.11) would not call the setter
         self.code = code
         self.dtype = dtype
         self.blocksize = blocksize
@@ -114,10 +114,20 @@ class QuantState(torch.nn.Module):
 
     @shape.setter
     def shape(self, shape: torch.Size | tuple[int, ...] | None) -> None:
+        self._set_shape(shape)
+
+    def _set_shape(self, shape: torch.Size | tuple[int, ...] | None) -> None:
         self._shape = shape
         is_matrix = shape is not None and len(shape) == 2
         self.num_rows: int | None = shape[0] if shape is not None and is_matrix else None
         self.num_columns: int | None = shape[1] if shape is not None and is_matrix else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of a pickle from before this was a torch.nn.Module."""
+        super().__init__()
+        self.__dict__.update(state)
+        if "shape" in state:
+            self.shape = self.__dict__.pop("shape")
 
     def __getitem__(self, index: Any) -> Any:
         nested = [self.offset, self.state2] if self.nested else None
@@ -154,6 +164,12 @@ class QuantState(torch.nn.Module):
         if self.state2 is not None:
             self.state2.to(device, non_blocking)
         return self
+
+    def cuda(self, device: torch.device | int | None = None) -> QuantState:  # type: ignore[override]
+        return self.to("cuda" if device is None else device)
+
+    def cpu(self) -> QuantState:
+        return self.to("cpu")
 
     def copy_to(self, device: torch.device | str | int | None, non_blocking: bool = False) -> QuantState:
         """A new state on `device`; tensors that are there already are shared."""
