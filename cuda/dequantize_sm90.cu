@@ -33,7 +33,6 @@ constexpr int kTile = kDequantizeFewCols;
 constexpr int kLog2LaneValues = 6;
 constexpr int kLaneValues = 1 << kLog2LaneValues;
 static_assert(32 * kLaneValues == kTile);
-[[maybe_unused]] constexpr int kLaneWords = kLaneValues / 8;
 constexpr int kUnitValues = 8;  // of 16 bytes of y
 constexpr int kCodeBytes = kTile / 2;
 constexpr int kValueBytes = kTile * 2;
@@ -63,6 +62,10 @@ struct Arguments {
   uint32_t log2_tile_segments;  // of a row
 };
 
+#if __CUDA_ARCH__ >= 900
+
+constexpr int kLaneWords = kLaneValues / 8;
+
 // A tile: its number, its column in tiles, where it begins.
 struct Place {
   uint32_t tile;
@@ -88,6 +91,8 @@ struct Asked {
   float absmax;  // or that of the nested block
   uint32_t code;
 };
+
+#endif
 
 // kIsOneRow: of each tile.
 template <typename T, Format F, bool kIsNested, bool kIsOneRow>
@@ -235,19 +240,24 @@ uint32_t log2_tile_segments(int64_t segments) {
 
 }  // namespace
 
-bool supports_dequantize_sm90(const qlora_weight_4bit& weight, const DequantizeFew& window, const Device& device) {
+bool has_dequantize_sm90(const qlora_weight_4bit& weight, qlora_dtype dtype, const Device& device) {
   constexpr int64_t kMaxIndex = int64_t{1} << 31;
-  if (window.dtype == QLORA_FLOAT32 || device.major < 9) return false;
+  if (dtype == QLORA_FLOAT32 || device.major < 9) return false;
   if (device.max_shared_bytes < static_cast<int64_t>(sizeof(Shared))) return false;
-  if (weight.block_size < kLaneValues || !is_aligned(weight.packed, 16) || !is_aligned(window.y, 16)) return false;
+  if (weight.block_size < kLaneValues || num_values(weight) / kLaneValues >= kMaxIndex) return false;
+  const auto kernel = dequantize_sm90_kernel<__nv_bfloat16, Format::kNF4, true, true>;
+  return is_compiled_for_sm90(device, reinterpret_cast<const void*>(kernel));
+}
+
+bool supports_dequantize_sm90(const qlora_weight_4bit& weight, const DequantizeFew& window, const Device& device) {
+  constexpr int64_t kMaxUnits = int64_t{1} << 31;
+  if (!is_aligned(weight.packed, 16) || !is_aligned(window.y, 16)) return false;
   for (const int64_t length : {window.first, window.cols, window.row_stride}) {
     if (length % kLaneValues != 0) return false;  // Lanes begin with a block, or a half, and copies at 16 bytes.
   }
   if (window.leading_dimension % kUnitValues != 0) return false;
-  if (num_values(weight) / kLaneValues >= kMaxIndex) return false;
-  if ((window.rows + kTile / kLaneValues) * window.leading_dimension / kUnitValues >= kMaxIndex) return false;
-  const auto kernel = dequantize_sm90_kernel<__nv_bfloat16, Format::kNF4, true, true>;
-  return is_compiled_for_sm90(device, reinterpret_cast<const void*>(kernel));
+  if ((window.rows + kTile / kLaneValues) * window.leading_dimension / kUnitValues >= kMaxUnits) return false;
+  return has_dequantize_sm90(weight, window.dtype, device);
 }
 
 void dequantize_sm90(const qlora_weight_4bit& weight, const DequantizeFew& window, const Device& device,

@@ -23,6 +23,8 @@ struct DequantizeFew {
 };
 inline constexpr int64_t kDequantizeFewCols = 2048;  // best as many, or a multiple
 
+// Whether it serves such weights on the device: then any window of whole groups of 64 columns at aligned addresses.
+bool has_dequantize_sm90(const qlora_weight_4bit& weight, qlora_dtype dtype, const Device& device);
 bool supports_dequantize_sm90(const qlora_weight_4bit& weight, const DequantizeFew& window, const Device& device);
 void dequantize_sm90(const qlora_weight_4bit& weight, const DequantizeFew& window, const Device& device,
                      cudaStream_t stream);

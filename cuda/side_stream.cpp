@@ -15,17 +15,22 @@ struct Pool {
   std::map<int, std::vector<Resources>> free;  // by device
 };
 
+// A device's free side streams, from which on calls of other streams than before share them.
+constexpr size_t kManyStreams = 64;
+
 Pool& pool() {
   static Pool* const made = new Pool;
   return *made;
 }
 
-// 0: not under capture.
+// 0: not under capture; kNoCapture: of one that has failed and was not ended yet, which has no number.
+constexpr unsigned long long kNoCapture = ~0ull;
 unsigned long long capture_of(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long capture = 0;
   check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture), "cudaStreamGetCaptureInfo");
-  return status == cudaStreamCaptureStatusNone ? 0 : capture;
+  if (status == cudaStreamCaptureStatusNone) return 0;
+  return status == cudaStreamCaptureStatusActive ? capture : kNoCapture;
 }
 
 // While another stream is under capture, a thread may make streams and events only in the relaxed mode.
@@ -53,20 +58,26 @@ Resources make_resources() {
   return made;
 }
 
-// A stream that took part in a capture belongs to it until it ends: it serves only calls of the same capture.
+// One that served the same stream, so that the work of independent streams stays independent: a side stream waits for
+// all that its former calls wait for. A stream that took part in a capture belongs to it until it ends: it serves only
+// calls of the same capture.
 Resources borrow(int device, cudaStream_t main) {
   const unsigned long long capture = capture_of(main);
   {
     Pool& shared = pool();
     const std::lock_guard<std::mutex> lock(shared.mutex);
     std::vector<Resources>& free = shared.free[device];
-    for (Resources& candidate : free) {
-      const unsigned long long its_capture = capture_of(candidate.stream);
-      if (its_capture != 0 && its_capture != capture) continue;
-      const Resources found = candidate;
-      candidate = free.back();
-      free.pop_back();
-      return found;
+    for (const bool is_shared : {false, true}) {
+      if (is_shared && free.size() < kManyStreams) break;
+      for (Resources& candidate : free) {
+        if (!is_shared && candidate.served != main) continue;
+        const unsigned long long its_capture = capture_of(candidate.stream);
+        if (its_capture != 0 && its_capture != capture) continue;
+        const Resources found = candidate;
+        candidate = free.back();
+        free.pop_back();
+        return found;
+      }
     }
   }
   return make_resources();
@@ -81,7 +92,9 @@ void record(cudaEvent_t event, cudaStream_t stream) { check_cuda(cudaEventRecord
 }  // namespace
 
 SideStream::SideStream(const Device& device, cudaStream_t main)
-    : device_(device.index), main_(main), resources_(borrow(device.index, main)) {}
+    : device_(device.index), main_(main), resources_(borrow(device.index, main)) {
+  resources_.served = main;
+}
 
 SideStream::~SideStream() {
   if (is_ahead_) {

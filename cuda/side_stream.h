@@ -30,6 +30,7 @@ class SideStream {
     cudaStream_t stream = nullptr;
     cudaEvent_t main = nullptr;
     cudaEvent_t side = nullptr;
+    cudaStream_t served = nullptr;  // the stream of the latest call
   };
 
  private:

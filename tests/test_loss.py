@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from qlora import loss as qloss
@@ -64,14 +65,15 @@ def test_cross_entropy_equals_float64_within_float32_rounding(dtype, num_items):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_linear_cross_entropy_equals_head_and_cross_entropy(dtype, with_bias):
+@pytest.mark.parametrize("compile", [False, True])
+def test_linear_cross_entropy_equals_head_and_cross_entropy(dtype, with_bias, compile):
     hidden, weight, targets = example(dtype)
     bias = torch.linspace(-1, 1, weight.shape[0]).to(dtype) if with_bias else None
     hidden.requires_grad_()
     exact = hidden.detach().double().requires_grad_()
     logits = F.linear(exact, weight.double(), None if bias is None else bias.double())
     expected = F.cross_entropy(logits, targets, ignore_index=IGNORED)
-    got = qloss.linear_cross_entropy(hidden, weight, targets, bias=bias)
+    got = qloss.linear_cross_entropy(hidden, weight, targets, bias=bias, compile=compile)
     expected.backward()
     got.backward()
     # A logit rounds to dtype once (|z| * u), and a loss moves by at most twice the largest change of a logit.
@@ -82,6 +84,39 @@ def test_linear_cross_entropy_equals_head_and_cross_entropy(dtype, with_bias):
     bound = width * 2 * (2 * largest * unit_roundoff(dtype) + 3 * unit_roundoff(dtype)) / 20
     assert (hidden.grad.double() - exact.grad).abs().max().item() <= bound + 1e-7
     assert not hidden.grad[targets == IGNORED].any()
+
+
+def test_compiled_losses_take_few_graphs_for_any_rows_and_the_gradient_of_a_confident_row():
+    torch._dynamo.reset()
+    counters.clear()
+    hidden, weight, targets = example(torch.float32, rows=41)
+    hidden[3] = 4 * weight[targets[3]]  # p_t is next to 1
+    for rows in (41, 23, 9, 31):
+        for compile in (True, False):
+            part = hidden[:rows].clone().requires_grad_()
+            loss = qloss.linear_cross_entropy(part, weight, targets[:rows], compile=compile)
+            (gradient,) = torch.autograd.grad(loss, part)
+            if compile:
+                got = loss, gradient
+        torch.testing.assert_close(got, (loss, gradient), rtol=1e-5, atol=1e-7)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3  # of the first number, of any, of one row
+
+
+def test_a_loss_that_cannot_be_compiled_says_so_once_and_is_the_same(monkeypatch):
+    def cannot(*_args, **_kwargs):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda *_args, **_kwargs: cannot)
+    monkeypatch.setattr(qloss, "_compiled_softmax", qloss._compiled_softmax.__wrapped__)
+    softmax = qloss._compiled_softmax()
+    monkeypatch.setattr(qloss, "_compiled_softmax", lambda: softmax)
+    hidden, weight, targets = example(torch.float32)
+    hidden.requires_grad_()
+    with pytest.warns(UserWarning, match="runs without torch.compile: no compiler") as warned:
+        got = [qloss.linear_cross_entropy(hidden, weight, targets, compile=True) for _ in range(2)]
+    assert len(warned) == 1
+    expected = qloss.linear_cross_entropy(hidden, weight, targets)
+    assert got == [expected, expected]
 
 
 def test_confident_rows_keep_their_gradient():

@@ -23,6 +23,7 @@
 #include <optional>
 
 #include "core/status.h"
+#include "cuda/dequantize_sm90.h"
 #include "cuda/device/numeric.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/gemm/cublas.h"
@@ -78,20 +79,18 @@ struct Chunks {
   int decoders;         // multiprocessors that decode ahead; 0: none, and one buffer
 };
 
-// Multiprocessors that decode ahead; 0: none. QLORA_DENSE_DECODERS overrides.
+// Multiprocessors that decode ahead, half of them at most; 0: none. QLORA_DENSE_DECODERS overrides.
 //
 // H100, 2026-11, us without and with 4, forward / input gradient of 14336 x 4096: 1478 and 1406 / 1445 and 1426 at 8192
 // rows; 4096 x 14336 1416 and 1405 / 1447 and 1434; 4096 x 4096 416 and 407 / 402 and 406. At 4096 rows 729 and 814 /
 // 684 and 745: 4 multiprocessors decode 15 values a clock each, a product of 2048 columns waits for them. With a
 // low-rank term they decode 6.
 int num_decoders(const Gemm& problem, const Device& device, bool is_in_weight) {
-  // What few multiprocessors decode fast.
-  const bool is_fast =
-      problem.dtype != QLORA_FLOAT32 && problem.weight.cols % 64 == 0 && problem.weight.block_size >= 64;
-  const bool is_possible = device.major == 9 && is_fast && cublas_shares_device();
-  if (!is_possible) return 0;
-  const int otherwise = problem.m >= (is_in_weight ? kMinRowsAheadMerged : kMinRowsAhead) ? kDecoders : 0;
-  return static_cast<int>(environment_number("QLORA_DENSE_DECODERS", 0, otherwise));
+  if (device.major != 9 || problem.weight.cols % 64 != 0 || !cublas_shares_device()) return 0;
+  if (!has_dequantize_sm90(problem.weight, problem.dtype, device)) return 0;  // Few would decode for long.
+  const int64_t otherwise = problem.m >= (is_in_weight ? kMinRowsAheadMerged : kMinRowsAhead) ? kDecoders : 0;
+  const int64_t most = device.num_multiprocessors / 2;
+  return static_cast<int>(std::min(environment_number("QLORA_DENSE_DECODERS", 0, otherwise), most));
 }
 
 // Columns of the output whose tiles fill the multiprocessors that `decoders` leave for whole waves.

@@ -39,9 +39,8 @@ bool wide_sm90_yields(const Gemm& problem, const Device& device) {
 // and 11.2; 1024 x 4096 5.9 and 5.7, 7.2 and 6.5, 9.1 and 6.8. Between these sizes the bounds are a guess, and so is
 // that a low-rank term, which wide_grad_sm90 adds itself, is better left to it.
 bool skinny_grad_sm90_yields(const Gemm& problem, const Device& device) {
-  const int64_t num_values = problem.weight.rows * problem.weight.cols;
-  const bool is_slower =
-      problem.low_rank.rank > 0 || num_values < (problem.m <= 8 ? int64_t{8} << 20 : int64_t{32} << 20);
+  const int64_t smallest = problem.m <= 8 ? int64_t{8} << 20 : int64_t{32} << 20;
+  const bool is_slower = problem.low_rank.rank > 0 || num_values(problem.weight) < smallest;
   return is_slower && supports_wide_grad_sm90(problem, device, nullptr);
 }
 

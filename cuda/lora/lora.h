@@ -58,7 +58,7 @@ struct AdapterPass {
 };
 
 // adapter_pass.cu: sums of a block's columns and rows in workspace, in fp32, then added up in the order of the blocks.
-// The workspace is at most kMaxPartBytes, 256-byte aligned.
+// The workspace is 256-byte aligned, and at most kMaxPartBytes, or what one tile of rows takes, if that is more.
 inline constexpr int64_t kMaxPartBytes = 32 << 20;
 int64_t adapter_pass_workspace_size(const AdapterPass& pass, const Device& device);
 void adapter_pass(const AdapterPass& pass, const Device& device, void* workspace, cudaStream_t stream);

@@ -2,9 +2,9 @@
 //
 //   block     16 warps, 1 << log2_groups of them side by side at 64 columns each, the others below these, 32 or 64 rows
 //             each. The blocks share out all tiles evenly, in the order of the rows, then of the columns
-//   a warp    A^T of its columns is the left operand, in registers up to rank 64, else read for each tile; B of 8 rows
-//             the right one. A is dealt such that a lane's sums are 8 neighbouring columns of two rows: 8 lanes store a
-//             line, and read a sector of codes
+//   a warp    A^T of its columns is the left operand, in registers for up to 32 ranks and for 49 to 64, else read for
+//             each tile; B of 8 rows the right one. A is dealt such that a lane's sums are 8 neighbouring columns of
+//             two rows: 8 lanes store a line, and read a sector of codes
 //   codes     of the next tile on their way in registers, B of the next two in a ring of shared memory, scales as they
 //             are read while one tile is multiplied, decoded and handed out in shared memory while the next is
 //   values    pairs from a table in shared memory, scaled in fp32 and added to

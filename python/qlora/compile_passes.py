@@ -151,3 +151,10 @@ def _let_inputs_be_shared() -> None:
     from torch._inductor.lowering import add_needs_realized_inputs
 
     add_needs_realized_inputs([*_RAW, *_RAW.values()])  # type: ignore[no-untyped-call]
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What torch.compile raises where a function cannot be one graph, or would be too many, or no compiler is there."""
+    from torch._dynamo import exc
+
+    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit

@@ -7,20 +7,25 @@ For row i with logits z, target t and p = softmax(z):
 Written out for all rows at once, float32 logits and their softmax take 8 bytes a value: 8 GB for 8,192 tokens of a
 128 k vocabulary. Here only one chunk of rows is ever in float32. `cross_entropy` starts from the logits;
 `linear_cross_entropy` from the hidden states and a frozen head, and never holds more than one chunk of logits at all.
-`causal_lm_loss` is what transformers calls (`model.loss_function`): the same values as its ForCausalLMLoss.
+`causal_lm_loss` is what transformers calls (`model.loss_function`): the same values as its ForCausalLMLoss; and
+`compiled_causal_lm_loss`, of the same values, in which torch.compile fuses what comes between the two products of a chunk.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .compile_passes import failures
 from .lazy_logits import LazyLogits
 
-__all__ = ["causal_lm_loss", "cross_entropy", "linear_cross_entropy"]
+__all__ = ["causal_lm_loss", "compiled_causal_lm_loss", "cross_entropy", "linear_cross_entropy"]
 
 # Values of one float32 chunk, of which two are live at a time: 32 MiB each, 65 rows of a 128 k vocabulary. A guess
 # that keeps the kernels long against their launches, not a measured optimum.
@@ -89,32 +94,73 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def _head_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradients: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    gradients: Tensor | None,
+    is_compiled: bool,
 ) -> Tensor:
     """Sum of the losses of a chunk; the gradient towards hidden goes to `gradients`.
 
     A function of its own: its logits are gone when those of the next chunk are made. Their gradients take their place.
-    What can be done for all rows is not done for those of a float32 chunk, of which each is short against its launches.
     """
     logits = F.linear(hidden, weight, bias)
     index = targets[:, None]
-    at_target = torch.empty(index.shape, dtype=torch.float32, device=hidden.device)
-    step = _rows_per_chunk(logits.shape[0], logits.shape[1], CHUNK_VALUES)
-    chunks = (torch.split(tensor, step) for tensor in (logits, index, at_target))
-    for rows, wanted, out in zip(*chunks, strict=True):
-        _softmax_rows(rows, wanted, out, is_overwritten=gradients is not None)
+    softmax = _compiled_softmax() if is_compiled and gradients is not None else _softmax
+    at_target = softmax(logits, index, is_overwritten=gradients is not None)
     if gradients is not None:
         logits.scatter_(-1, index, torch.expm1(at_target).to(logits.dtype))
         torch.mm(logits, weight, out=gradients)
     return -at_target.sum()
 
 
-def _softmax_rows(logits: Tensor, index: Tensor, at_target: Tensor, *, is_overwritten: bool) -> None:
-    """The log-probabilities of the targets of a few rows; where asked for, all probabilities take the logits' place."""
-    log_probabilities = _log_probabilities(logits)
-    torch.gather(log_probabilities, -1, index, out=at_target)
-    if is_overwritten:
-        torch.exp(log_probabilities, out=logits)
+def _softmax(logits: Tensor, index: Tensor, *, is_overwritten: bool) -> Tensor:
+    """The log-probabilities of the targets; where asked for, all probabilities take the logits' place.
+
+    Few rows at a time; what can be done for all of them is not done here, where each operation is short against its launch.
+    """
+    at_target = torch.empty(index.shape, dtype=torch.float32, device=logits.device)
+    step = _rows_per_chunk(logits.shape[0], logits.shape[1], CHUNK_VALUES)
+    chunks = (torch.split(tensor, step) for tensor in (logits, index, at_target))
+    for rows, wanted, out in zip(*chunks, strict=True):
+        log_probabilities = _log_probabilities(rows)
+        torch.gather(log_probabilities, -1, wanted, out=out)
+        if is_overwritten:
+            torch.exp(log_probabilities, out=rows)
+        del log_probabilities  # gone when the next rows' are made
+    return at_target
+
+
+def _overwrite_by_softmax(logits: Tensor) -> Tensor:
+    """log(sum_j exp(z_j)) of each row, whose probabilities take its place, for torch.compile: two kernels.
+
+    Nothing else may read the logits here: torch 2.11 puts it behind their being overwritten.
+    """
+    values = logits.float()
+    log_sums = torch.logsumexp(values, -1, keepdim=True)
+    logits.copy_(torch.exp(values - log_sums))
+    return log_sums
+
+
+@functools.cache
+def _compiled_softmax() -> Callable[..., Tensor]:
+    """`_softmax` by compiled code, or by itself, after a warning, where torch.compile fails."""
+    compiled = torch.compile(_overwrite_by_softmax, fullgraph=True)
+    has_failed = False
+
+    def softmax(logits: Tensor, index: Tensor, *, is_overwritten: bool) -> Tensor:
+        nonlocal has_failed
+        if not has_failed:
+            at_target = logits.gather(-1, index).float()
+            try:
+                return at_target.sub_(compiled(logits))
+            except failures() as error:  # raised while tracing: nothing has been computed
+                has_failed = True
+                warnings.warn(f"qlora: the loss runs without torch.compile: {error}", stacklevel=2)
+        return _softmax(logits, index, is_overwritten=is_overwritten)
+
+    return softmax
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -125,23 +171,25 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, is_compiled: bool
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradients = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         step = _rows_per_chunk(hidden.shape[0], weight.shape[0], HEAD_CHUNK_VALUES)
         for start in range(0, hidden.shape[0], step):
             rows = slice(start, start + step)
             out = None if gradients is None else gradients[rows]
-            total += _head_loss(hidden[rows], weight, bias, targets[rows], out)
+            total += _head_loss(hidden[rows], weight, bias, targets[rows], out, is_compiled)
         if gradients is not None:
             ctx.save_for_backward(gradients)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradients,) = ctx.saved_tensors
-        return (gradients.float() * grad_total).to(gradients.dtype), None, None, None
+        return (gradients.float() * grad_total).to(gradients.dtype), None, None, None, None
 
 
 def _reduce(total: Tensor, targets: Tensor, ignore_index: int, num_items: Tensor | int | None) -> Tensor:
@@ -191,6 +239,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     num_items: Tensor | int | None = None,
+    compile: bool = False,
 ) -> Tensor:
     """Cross-entropy of hidden @ weight^T + bias without the logits ever existing as a whole.
 
@@ -200,6 +249,8 @@ def linear_cross_entropy(
         hidden: floating [rows, width].
         weight: [vocabulary, width] and bias [vocabulary], of the dtype of hidden.
         targets, ignore_index, num_items: as in `cross_entropy`.
+        compile: with torch.compile between the two products of a chunk, where a gradient towards hidden is asked for; it
+            compiles at the first call of a process, and once more for any number of rows.
 
     Returns:
         float32 [].
@@ -222,7 +273,7 @@ def linear_cross_entropy(
     if kept.numel() < targets.numel():
         hidden, targets = hidden[kept], targets[kept]
     with torch.autocast(hidden.device.type, enabled=False):
-        total: Tensor = _LinearCrossEntropySum.apply(hidden, weight, bias, targets)
+        total: Tensor = _LinearCrossEntropySum.apply(hidden, weight, bias, targets, compile)
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
 
@@ -233,6 +284,7 @@ def causal_lm_loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
+    compile: bool = False,
     **kwargs: Any,  # noqa: ARG001  transformers passes what else its forward was called with
 ) -> Tensor:
     """Next-token loss with the signature and value of transformers' ForCausalLMLoss, without its float32 logits.
@@ -242,6 +294,7 @@ def causal_lm_loss(
         labels: int64 [..., length], shifted here so that position i predicts i + 1; `ignore_index` does not count.
         num_items_in_batch: what the sum is divided by; None is the number of labels that count.
         shift_labels: labels that are shifted already, instead of `labels`.
+        compile: as in `linear_cross_entropy`, for logits of a `LazyLogits`.
 
     Returns:
         float32 [].
@@ -258,6 +311,11 @@ def causal_lm_loss(
             bias=bias,
             ignore_index=ignore_index,
             num_items=num_items_in_batch,
+            compile=compile,
         )
     flat = logits.view(-1, vocab_size)
     return cross_entropy(flat, targets, ignore_index=ignore_index, num_items=num_items_in_batch)
+
+
+#: `causal_lm_loss` with `compile`: one object, so that a model's `loss_function` can be told.
+compiled_causal_lm_loss = functools.partial(causal_lm_loss, compile=True)

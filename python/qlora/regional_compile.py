@@ -156,7 +156,7 @@ class Region:
             # For functions that recompute the layer in the end (checkpointing.py): one graph that does.
             function.checkpointed = functools.partial(self._call, self._run_with_checkpoint, layer, **kwargs)
             return checkpointing(function, *args)
-        except _failures() as error:  # raised while tracing: nothing has been computed
+        except compile_passes.failures() as error:  # raised while tracing: nothing has been computed
             failure = error
         if self._context is not nullcontext:
             self._context = nullcontext
@@ -211,13 +211,6 @@ class Region:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(f"qlora: layers of class {self.layer_class.__name__} {what}", stacklevel=2)
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What torch.compile raises where a layer cannot be one graph, or would be too many, or no compiler is there."""
-    from torch._dynamo import exc
-
-    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -92,3 +92,22 @@ def test_calls_of_several_threads_and_streams(ahead: Callable[[int], None]) -> N
         for y, results in zip(expected, pool.map(call, range(len(inputs))), strict=True):
             for result in results:
                 assert_bitwise_equal(result, y)
+
+
+def test_does_not_wait_for_calls_on_other_streams(ahead: Callable[[int], None]) -> None:
+    args, form, _ = quantized(2048, 1024, torch.bfloat16, True)
+    x = randn(M, 1024, dtype=torch.bfloat16)
+    ahead(4)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for stream in streams:  # Each has its workspace then, and the streams beside them are there.
+        with torch.cuda.stream(stream):
+            ops.linear_4bit(x, *args, **form)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(streams[0]):
+        torch.cuda._sleep(4_000_000_000)  # clocks: two seconds
+        ops.linear_4bit(x, *args, **form)
+    with torch.cuda.stream(streams[1]):
+        ops.linear_4bit(x, *args, **form)
+    streams[1].synchronize()
+    assert not streams[0].query()
+    torch.cuda.synchronize()

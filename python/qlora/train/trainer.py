@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
-from qlora.loss import causal_lm_loss
+from qlora.loss import causal_lm_loss, compiled_causal_lm_loss
 from qlora.train import checkpoints
 
 
@@ -40,7 +40,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             and self.args.label_smoothing_factor == 0
             and self.compute_loss_func is None
             and not self.aux_loss_enabled
-            and getattr(model.get_base_model(), "loss_function", None) is causal_lm_loss
+            and getattr(model.get_base_model(), "loss_function", None)
+            in (causal_lm_loss, compiled_causal_lm_loss)
         )
         self.add_callback(self.speed)
 
