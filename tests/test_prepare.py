@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn  # noqa: E402
 import qlora  # noqa: E402
 from assertions import assert_same_tensors  # noqa: E402
 from qlora.lazy_logits import LazyHead, LazyLogits  # noqa: E402
+from qlora.loss import causal_lm_loss, compiled_causal_lm_loss  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6.*:FutureWarning"),
@@ -158,6 +160,13 @@ def test_generation_still_uses_a_cache_and_gives_the_same_tokens():
     output = model.eval().generate(tokens(), return_dict_in_generate=True, **options)
     assert torch.equal(output.sequences, plain.generate(tokens(), **options))
     assert output.past_key_values is not None
+
+
+def test_the_compiled_loss_of_a_copy_is_still_known():
+    model = qlora.prepare(tiny_model(), compile=True)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.loss_function is compiled_causal_lm_loss
+        assert qlora.prepare(twin).loss_function is causal_lm_loss
 
 
 def test_low_memory_loss_can_be_left_out():
