@@ -319,4 +319,4 @@ def causal_lm_loss(
 
 def compiled_causal_lm_loss(*args: Any, **kwargs: Any) -> Tensor:
     """`causal_lm_loss` with `compile`. A function, of which a copied or pickled model has the same."""
-    return causal_lm_loss(*args, **kwargs, compile=True)
+    return causal_lm_loss(*args, **{**kwargs, "compile": True})
