@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from assertions import assert_within
 from qlora import ops
 
 
@@ -38,3 +41,16 @@ def shifted(value: Tensor) -> Tensor:
     buffer = torch.empty(value.numel() + 1, dtype=value.dtype, device="cuda")
     buffer[1:].copy_(value.flatten())
     return buffer[1:].view(value.shape)
+
+
+def check_products(args: Any, form: Any, weight: Tensor, x: Tensor, dy: Tensor, bias: Tensor) -> None:
+    """The linear layer, without and with a bias, and the input gradient against float64, of the weight as rounded."""
+    expected = x.double() @ weight.double().T
+    assert_within(ops.linear_4bit(x, *args, **form), expected, tolerance(x, weight.T, expected))
+    with_bias = expected + bias.double()
+    # The bias is one more float32 term, and the result is rounded once.
+    slack = torch.finfo(torch.float32).eps * bias.double().abs()
+    limit = tolerance(x, weight.T, with_bias) + slack
+    assert_within(ops.linear_4bit(x, *args, **form, bias=bias), with_bias, limit)
+    expected = dy.double() @ weight.double()
+    assert_within(ops.linear_4bit_grad_input(dy, *args, **form), expected, tolerance(dy, weight, expected))

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from linear_cases import quantized, randn, tolerance
+from linear_cases import check_products, quantized, randn
 
-from assertions import assert_bitwise_equal, assert_within
+from assertions import assert_bitwise_equal
 from qlora import ops
 
 pytestmark = pytest.mark.gpu
@@ -44,14 +44,7 @@ def test_equals_float64_product_of_the_rounded_weight(
     args, form, weight = quantized(n, k, dtype, is_nested)
     x, dy, bias = (randn(*size, dtype=dtype, seed=i) for i, size in enumerate([(M, k), (M, n), (n,)]))
     ahead(decoders)
-    expected = x.double() @ weight.double().T
-    assert_within(ops.linear_4bit(x, *args, **form), expected, tolerance(x, weight.T, expected))
-    with_bias = expected + bias.double()
-    slack = torch.finfo(torch.float32).eps * bias.double().abs()
-    limit = tolerance(x, weight.T, with_bias) + slack
-    assert_within(ops.linear_4bit(x, *args, **form, bias=bias), with_bias, limit)
-    expected = dy.double() @ weight.double()
-    assert_within(ops.linear_4bit_grad_input(dy, *args, **form), expected, tolerance(dy, weight, expected))
+    check_products(args, form, weight, x, dy, bias)
 
 
 def test_repeats_its_bits_in_calls_and_graphs(ahead: Callable[[int], None]) -> None:

@@ -7,7 +7,7 @@ import ctypes
 import c_library
 import pytest
 import torch
-from linear_cases import quantized, randn, shifted, tolerance
+from linear_cases import check_products, quantized, randn, shifted, tolerance
 from torch import Tensor
 
 from assertions import assert_bitwise_equal, assert_within
@@ -42,15 +42,7 @@ def test_kernel_equals_float64_product_of_the_rounded_weight(
     args, form, weight = quantized(*shape, dtype, is_nested)
     n, k = shape
     x, dy, bias = (randn(*size, dtype=dtype, seed=i) for i, size in enumerate([(m, k), (m, n), (n,)]))
-    expected = x.double() @ weight.double().T
-    assert_within(ops.linear_4bit(x, *args, **form), expected, tolerance(x, weight.T, expected))
-    with_bias = expected + bias.double()
-    # The bias is one more float32 term, and the result is rounded once.
-    slack = torch.finfo(torch.float32).eps * bias.double().abs()
-    limit = tolerance(x, weight.T, with_bias) + slack
-    assert_within(ops.linear_4bit(x, *args, **form, bias=bias), with_bias, limit)
-    expected = dy.double() @ weight.double()
-    assert_within(ops.linear_4bit_grad_input(dy, *args, **form), expected, tolerance(dy, weight, expected))
+    check_products(args, form, weight, x, dy, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
