@@ -21,7 +21,6 @@
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/weight_arguments.h"
-#include "cuda/whole_multiprocessors.h"
 
 namespace qlora {
 namespace {
@@ -95,17 +94,9 @@ __global__ __launch_bounds__(kThreads) void dequantize_plain_kernel(const uint8_
 
 // multiprocessors: 0, all, or as many at most, whole ones.
 template <typename T, Format F>
-void dequantize_plainly(const qlora_weight_4bit& weight, const FlatWindow& window, T* y, int multiprocessors,
-                        const Device& device, cudaStream_t stream) {
-  constexpr const char* kName = "dequantize_plain_kernel";
-  const auto kernel = dequantize_plain_kernel<T, F>;
-  if (multiprocessors > 0) {
-    launch_on_few(kName, kernel, multiprocessors, kThreads, 0, device, stream, weight.packed, scales_of(weight), window,
-                  y);
-  } else {
-    launch(kName, kernel, grid_size(window.rows * window.cols, kThreads), kThreads, stream, weight.packed,
-           scales_of(weight), window, y);
-  }
+void dequantize_plainly(const qlora_weight_4bit& weight, const FlatWindow& window, T* y, cudaStream_t stream) {
+  launch("dequantize_plain_kernel", dequantize_plain_kernel<T, F>, grid_size(window.rows * window.cols, kThreads),
+         kThreads, stream, weight.packed, scales_of(weight), window, y);
 }
 
 template <typename T, Format F, bool kIsDense>
@@ -120,7 +111,7 @@ void dequantize_units(const qlora_weight_4bit& weight, const FlatWindow& window,
 // is_dense: the window is contiguous in the weight and in y.
 template <typename T, Format F>
 void dequantize_window(const qlora_weight_4bit& weight, const FlatWindow& window, bool is_dense, T* y,
-                       const Device& device, cudaStream_t stream) {
+                       cudaStream_t stream) {
   constexpr int64_t kUnit = kValuesPer16Bytes<T>;
   constexpr int64_t kColsPerWarp = 32 * kUnit;
   const bool has_alignment = window.first % kUnit == 0 && is_aligned(weight.packed, 4) && is_aligned(y, 16);
@@ -134,20 +125,19 @@ void dequantize_window(const qlora_weight_4bit& weight, const FlatWindow& window
           y, stream);
     }
     if (rest > 0) {
-      dequantize_plainly<T, F>(weight, {window.end - rest, 1, rest, rest, rest, window.end}, y + n - rest, 0, device,
-                               stream);
+      dequantize_plainly<T, F>(weight, {window.end - rest, 1, rest, rest, rest, window.end}, y + n - rest, stream);
     }
   } else if (has_alignment && window.cols % kUnit == 0 && window.row_stride % kUnit == 0 &&
              window.leading_dimension % kUnit == 0 && window.cols <= kMaxGridY * kColsPerWarp) {
     dequantize_units<T, F, false>(weight, window, y, stream);
   } else {
-    dequantize_plainly<T, F>(weight, window, y, 0, device, stream);
+    dequantize_plainly<T, F>(weight, window, y, stream);
   }
 }
 
-// The same on few multiprocessors.
+// The same on few multiprocessors; false, and nothing done, where dequantize_sm90 does not serve the window.
 template <typename T, Format F>
-void dequantize_on_few(const qlora_weight_4bit& weight, const FlatWindow& window, bool is_dense, T* y,
+bool dequantize_on_few(const qlora_weight_4bit& weight, const FlatWindow& window, bool is_dense, T* y,
                        qlora_dtype dtype, int multiprocessors, const Device& device, cudaStream_t stream) {
   DequantizeFew few = {window.first, window.rows,    window.cols, window.row_stride, window.leading_dimension, y,
                        dtype,        multiprocessors};
@@ -158,15 +148,13 @@ void dequantize_on_few(const qlora_weight_4bit& weight, const FlatWindow& window
     few.rows = n / kDequantizeFewCols;
     rest = n % kDequantizeFewCols;
   }
-  if (!supports_dequantize_sm90(weight, few, device)) {
-    dequantize_plainly<T, F>(weight, window, y, multiprocessors, device, stream);
-    return;
-  }
+  if (!supports_dequantize_sm90(weight, few, device)) return false;
   if (few.rows > 0) dequantize_sm90(weight, few, device, stream);
   if (rest > 0) {
     dequantize_plainly<T, F>(weight, {window.end - rest, 1, rest, rest, rest, window.end},
-                             y + window.rows * window.cols - rest, multiprocessors, device, stream);
+                             y + window.rows * window.cols - rest, stream);
   }
+  return true;
 }
 
 }  // namespace
@@ -185,11 +173,11 @@ void dequantize_4bit(const qlora_weight_4bit& weight, const Window& window, void
     dispatch_format(weight.format, [&](auto format_tag) {
       constexpr Format kFormat = decltype(format_tag)::value;
       T* const out = static_cast<T*>(y);
-      if (multiprocessors > 0) {
-        dequantize_on_few<T, kFormat>(weight, flat, is_dense, out, dtype, multiprocessors, device, stream);
-      } else {
-        dequantize_window<T, kFormat>(weight, flat, is_dense, out, device, stream);
+      if (multiprocessors > 0 &&
+          dequantize_on_few<T, kFormat>(weight, flat, is_dense, out, dtype, multiprocessors, device, stream)) {
+        return;
       }
+      dequantize_window<T, kFormat>(weight, flat, is_dense, out, stream);
     });
   });
 }

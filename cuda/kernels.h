@@ -23,7 +23,8 @@ void quantize_4bit(const void* x, qlora_dtype dtype, int64_t n, int64_t block_si
                    uint8_t* packed, float* absmax, cudaStream_t stream);
 
 // y [rows of the window, leading_dimension]: the window's columns; those beyond are not touched. multiprocessors: as
-// many at most do the work, whole ones, beside kernels on the others; 0: all. The values are the same.
+// many at most do the work, whole ones, beside kernels on the others, where dequantize_sm90.cu serves the window; else,
+// and where 0, all. The values are the same.
 void dequantize_4bit(const qlora_weight_4bit& weight, const Window& window, void* y, int64_t leading_dimension,
                      qlora_dtype dtype, int multiprocessors, const Device& device, cudaStream_t stream);
 
