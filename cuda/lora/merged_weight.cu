@@ -291,7 +291,7 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
       using Right = std::remove_pointer_t<decltype(right_typed)>;
       constexpr int kRightBytes = static_cast<int>(sizeof(Right));
       const uint32_t right_lane = right_row + lane % 4 * 2 * kRightBytes;
-      const auto load_right = [&](int row_step, int step, uint32_t (&pairs)[2]) {
+      const auto load_pairs_of_right = [&](int row_step, int step, uint32_t (&pairs)[2]) {
         const uint32_t from = right_lane + row_step * 8 * arguments.right_bytes + step * 16 * kRightBytes;
         pairs[0] = load_right_pair<T, Right>(from);
         pairs[1] = load_right_pair<T, Right>(from + 8 * kRightBytes);
@@ -300,7 +300,7 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
         uint32_t pairs[kSteps][2];
         float2 scales_of_rows = load_scales(0);
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) load_right(0, step, pairs[step]);
+        for (int step = 0; step < kSteps; ++step) load_pairs_of_right(0, step, pairs[step]);
 #pragma unroll
         for (int row_step = 0; row_step < kRowSteps; ++row_step) {
           float sums[kColSteps][4] = {};
@@ -313,7 +313,7 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
           if (row_step + 1 < kRowSteps) {
             scales_of_rows = load_scales(row_step + 1);
 #pragma unroll
-            for (int step = 0; step < kSteps; ++step) load_right(row_step + 1, step, pairs[step]);
+            for (int step = 0; step < kSteps; ++step) load_pairs_of_right(row_step + 1, step, pairs[step]);
           }
           finish(row_step, scales_of_these, sums);
         }
@@ -324,7 +324,7 @@ __global__ __launch_bounds__(kThreads, 1) void merged_weight_kernel(const __grid
 #pragma unroll
           for (int row_step = 0; row_step < kRowSteps; ++row_step) {
             uint32_t pairs[2];
-            load_right(row_step, step, pairs);
+            load_pairs_of_right(row_step, step, pairs);
 #pragma unroll
             for (int c = 0; c < kColSteps; ++c) multiply_add<T>(sums[row_step][c], left[0][c], pairs[0], pairs[1]);
           }
